@@ -1,0 +1,77 @@
+"""Closed forms for Gaussians. Everything is in nats.
+
+Derived in the chapter *Maximum entropy*.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gaussian_entropy(cov: Tensor) -> Tensor:
+    r"""Differential entropy of a Gaussian, :math:`\tfrac12\log\det(2\pi e\,\Sigma)`.
+
+    Implements ``eq-max_entropy-gaussian-d``.
+
+    Args:
+        cov: covariance :math:`\Sigma`, shape (..., d, d), symmetric and positive definite.
+
+    Returns:
+        Entropy in nats, shape (...).
+
+    Raises:
+        ValueError: if ``cov`` is no floating-point stack of square, symmetric, positive definite matrices.
+    """
+    if not cov.is_floating_point() or cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or cov.shape[-1] == 0:
+        raise ValueError(
+            f"cov must be a floating-point tensor of shape (..., d, d), got {cov.dtype} {tuple(cov.shape)}"
+        )
+    if not torch.isfinite(cov).all():
+        raise ValueError("cov must be finite, got NaN or infinite entries")
+    if not torch.allclose(cov, cov.mT, rtol=1e-4, atol=1e-4 * float(cov.detach().abs().max())):
+        raise ValueError("cov must be symmetric; use (cov + cov.mT) / 2 if the difference is rounding")
+    factor, info = torch.linalg.cholesky_ex(cov)
+    if info.any():
+        raise ValueError(
+            "cov must be positive definite, got a singular or indefinite matrix; a density on a subspace has "
+            "entropy -inf: drop the dependent coordinates or add the noise that the model has"
+        )
+    half_log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return half_log_det + 0.5 * cov.shape[-1] * math.log(2 * math.pi * math.e)
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    r"""Log-density of N(0, I), :math:`-\tfrac12\|z\|^2 - \tfrac d2\log 2\pi`.
+
+    Args:
+        z: points, shape (..., d).
+
+    Returns:
+        Log-density in nats, shape (...).
+    """
+    return -0.5 * (z * z).sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+
+
+def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
+    r"""KL divergence of N(mu, diag exp(logvar)) from N(0, I), one value per sample.
+
+    .. math:: \tfrac12\sum_j \left(\mu_j^2 + \sigma_j^2 - \log\sigma_j^2 - 1\right)
+
+    Uses ``expm1``, so that it keeps its relative precision near ``mu = logvar = 0``, where the terms cancel.
+
+    Args:
+        mu: means, shape (..., d).
+        logvar: logarithms of the variances :math:`\sigma_j^2`, same shape.
+
+    Returns:
+        Divergence in nats, shape (...). Sum or average over samples is the caller's.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if mu.shape != logvar.shape:
+        raise ValueError(
+            f"mu and logvar must have the same shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}"
+        )
+    return 0.5 * (mu * mu + torch.expm1(logvar) - logvar).sum(-1)
