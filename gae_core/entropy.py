@@ -96,9 +96,7 @@ def knn_local_entropy(
     return psi_n - psi_k + log_volume + d * log_distance
 
 
-def knn_entropy(
-    x: Tensor, k: int = 1, *, p: float = 2.0, duplicates: str = "raise", chunk_size: int = 1024
-) -> Tensor:
+def knn_entropy(x: Tensor, k: int = 1, *, p: float = 2.0, duplicates: str = "raise", chunk_size: int = 1024) -> Tensor:
     r"""Nearest-neighbour estimate of the differential entropy of the density that ``x`` was drawn from.
 
     .. math:: \hat H = \psi(n) - \psi(k) + \log V_d(p) + \frac dn \sum_{i=1}^n \log\varepsilon_k(i)

@@ -71,7 +71,5 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
         ValueError: if the shapes differ.
     """
     if mu.shape != logvar.shape:
-        raise ValueError(
-            f"mu and logvar must have the same shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}"
-        )
+        raise ValueError(f"mu and logvar must have the same shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}")
     return 0.5 * (mu * mu + torch.expm1(logvar) - logvar).sum(-1)

@@ -70,9 +70,7 @@ def test_gradient_sums_to_zero_and_obeys_euler(p):
 @given(exponent=st.integers(-12, 12), shift=st.floats(-3, 3), seed=st.integers(0, 100))
 def test_scaling_adds_d_log_a_and_shifting_nothing(exponent, shift, seed):
     x, a = sample(40, 3, seed), 10.0**exponent
-    assert float(knn_entropy(a * x + a * shift)) == pytest.approx(
-        float(knn_entropy(x)) + 3 * math.log(a), abs=1e-9
-    )
+    assert float(knn_entropy(a * x + a * shift)) == pytest.approx(float(knn_entropy(x)) + 3 * math.log(a), abs=1e-9)
 
 
 def test_float32_keeps_its_digits_far_from_the_origin():
@@ -89,9 +87,7 @@ def test_half_precision_is_widened():
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_norms_agree_in_one_dimension_and_volumes_have_their_closed_forms(d):
     assert log_unit_ball_volume(d, 1) == pytest.approx(d * math.log(2) - gammaln(d + 1), abs=1e-12)
-    assert log_unit_ball_volume(d, 2) == pytest.approx(
-        d / 2 * math.log(math.pi) - gammaln(d / 2 + 1), abs=1e-12
-    )
+    assert log_unit_ball_volume(d, 2) == pytest.approx(d / 2 * math.log(math.pi) - gammaln(d / 2 + 1), abs=1e-12)
     assert log_unit_ball_volume(d, math.inf) == pytest.approx(d * math.log(2), abs=1e-12)
     x = sample(50, 1)
     torch.testing.assert_close(knn_entropy(x, p=1), knn_entropy(x, p=math.inf), rtol=0, atol=1e-12)

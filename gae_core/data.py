@@ -1,0 +1,213 @@
+"""Data sets: images as tensors, and toy densities in the plane whose log-density is known exactly.
+
+Nothing is downloaded unless asked: ``python -m gae_core data mnist`` fetches, :func:`load` only reads.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images, split once and for all.
+
+    Attributes:
+        name: name of the data set.
+        x_train: training images, (n, channels, height, width): uint8 in 0..255, or float in [0, 1].
+        y_train: their classes, int64, (n,).
+        x_test: held-out images.
+        y_test: their classes.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image, (channels, height, width)."""
+        return tuple(self.x_train.shape[1:])
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 in [0, 1]; floating tensors pass unchanged. Memory grows fourfold: do it by batch."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """The folder of data sets: ``root``, else the environment's ``GAE_DATA``, else ``data/`` in the repository.
+
+    Outside a checkout of the repository the last is ``data/`` in the current folder.
+    """
+    if root is not None:
+        return Path(root)
+    checkout = Path(__file__).parents[1]
+    return Path(os.environ.get("GAE_DATA") or (checkout if (checkout / "_toc.yml").exists() else Path()) / "data")
+
+
+def _digits() -> Images:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    parts = train_test_split(x.reshape(-1, 1, 8, 8) / 16, y, random_state=0)  # 75 % and 25 %
+    x_train, x_test = (torch.from_numpy(a).float() for a in parts[:2])
+    y_train, y_test = (torch.from_numpy(a).long() for a in parts[2:])
+    return Images("digits", x_train, y_train, x_test, y_test)
+
+
+_TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+
+
+def load(name: str, *, root: str | Path | None = None, download: bool = False) -> Images:
+    """Load images by name: ``digits`` (8x8, inside scikit-learn), ``mnist`` or ``fashion_mnist`` (28x28).
+
+    Args:
+        name: which data set.
+        root: folder that holds or receives the files; see :func:`data_root`.
+        download: fetch what is missing. Never done unasked.
+
+    Raises:
+        ValueError: for an unknown name.
+        FileNotFoundError: if the files are not there; the message says how to get them.
+    """
+    if name == "digits":
+        return _digits()
+    if name not in _TORCHVISION:
+        raise ValueError(f"name must be one of {', '.join(['digits', *_TORCHVISION])}, got {name!r}")
+    import torchvision
+
+    root = data_root(root)
+    dataset = getattr(torchvision.datasets, _TORCHVISION[name])
+    # Files that were put there as they are published are unpacked without a network.
+    packed = (root / _TORCHVISION[name] / "raw" / "train-images-idx3-ubyte.gz").exists()
+    try:
+        train, test = (dataset(root, train=part, download=download or packed) for part in (True, False))
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{name} is not in {root}: run `python -m gae_core data {name}`, or put its four .gz files into "
+            f"{root / _TORCHVISION[name] / 'raw'}, or name another folder with GAE_DATA"
+        ) from error
+    return Images(name, train.data[:, None], train.targets, test.data[:, None], test.targets)
+
+
+def example_images(*, root: str | Path | None = None) -> Images:
+    """MNIST when it is there, else the digits inside scikit-learn. Prints which; it is also the result's name."""
+    try:
+        images = load("mnist", root=root)
+    except FileNotFoundError:
+        images = load("digits")
+    height, width = images.shape[1:]
+    print(f"data: {images.name}, {len(images.x_train):,} training images of {height}×{width}")
+    return images
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A density in the plane that can be sampled and evaluated.
+
+    Attributes:
+        name: name of the toy.
+        sample: ``sample(n, generator=None)`` draws n points, (n, 2), float32.
+        log_prob: ``log_prob(x)`` is the log-density in nats at x of shape (n, 2), shape (n,).
+        modes: centres of the components, (modes, 2), where there are any, else None.
+        std: standard deviation of the noise around centre or curve, per coordinate.
+    """
+
+    name: str
+    sample: Callable[..., Tensor]
+    log_prob: Callable[[Tensor], Tensor]
+    modes: Tensor | None
+    std: float
+
+
+def _gaussians(name: str, modes: Tensor, std: float) -> Toy:
+    def sample(n: int, generator: Generator | None = None) -> Tensor:
+        return modes[torch.randint(len(modes), (n,), generator=generator)] + std * torch.randn(
+            n, 2, generator=generator
+        )
+
+    def log_prob(x: Tensor) -> Tensor:
+        squared = (x[:, None] - modes.to(x)).square().sum(-1)
+        return torch.logsumexp(-squared / (2 * std**2), 1) - math.log(2 * math.pi * std**2 * len(modes))
+
+    return Toy(name, sample, log_prob, modes, std)
+
+
+def _eight_gaussians() -> Toy:
+    angle = torch.arange(8) * math.pi / 4
+    return _gaussians("eight_gaussians", 2 * torch.stack([angle.cos(), angle.sin()], 1), 0.1)
+
+
+def _twenty_five_gaussians() -> Toy:
+    axis = torch.arange(-4.0, 5.0, 2.0)
+    return _gaussians("twenty_five_gaussians", torch.cartesian_prod(axis, axis), 0.05)
+
+
+def _swiss_roll(std: float = 0.1) -> Toy:
+    """Noise N(0, std² I) around the spiral t (cos t, sin t) / 5 with t uniform on [1.5 pi, 4.5 pi]."""
+    low, high = 1.5 * math.pi, 4.5 * math.pi
+
+    def curve(t: Tensor) -> Tensor:
+        return torch.stack([t * t.cos(), t * t.sin()], -1) / 5
+
+    def sample(n: int, generator: Generator | None = None) -> Tensor:
+        t = low + (high - low) * torch.rand(n, generator=generator)
+        return curve(t) + std * torch.randn(n, 2, generator=generator)
+
+    def log_prob(x: Tensor) -> Tensor:
+        # The integral over t by the trapezoidal rule, whose step along the curve is at most std / 9.
+        t = torch.linspace(low, high, 2401, dtype=torch.float64, device=x.device)
+        weight = torch.full_like(t, (high - low) / 2400)
+        weight[[0, -1]] /= 2
+        squared = torch.cdist(x.double(), curve(t)).square()
+        log_integral = torch.logsumexp(-squared / (2 * std**2) + weight.log(), 1)
+        return (log_integral - math.log((high - low) * 2 * math.pi * std**2)).to(x.dtype)
+
+    return Toy("swiss_roll", sample, log_prob, None, std)
+
+
+def _rings(std: float = 0.1) -> Toy:
+    """Noise N(0, std² I) around circles of radius 1, 2, 3, each with a third of the points."""
+    radii = torch.tensor([1.0, 2.0, 3.0])
+
+    def sample(n: int, generator: Generator | None = None) -> Tensor:
+        radius = radii[torch.randint(3, (n,), generator=generator)]
+        angle = 2 * math.pi * torch.rand(n, generator=generator)
+        circle = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+        return circle + std * torch.randn(n, 2, generator=generator)
+
+    def log_prob(x: Tensor) -> Tensor:
+        # Averaging the Gaussian over the angle gives the Bessel function I_0; i0e is I_0(u) exp(-u).
+        norm, radius = torch.linalg.vector_norm(x, dim=-1, keepdim=True), radii.to(x)
+        log_ring = torch.special.i0e(norm * radius / std**2).log() - (norm - radius) ** 2 / (2 * std**2)
+        return torch.logsumexp(log_ring, 1) - math.log(3 * 2 * math.pi * std**2)
+
+    return Toy("rings", sample, log_prob, None, std)
+
+
+_TOYS = {
+    "eight_gaussians": _eight_gaussians,
+    "twenty_five_gaussians": _twenty_five_gaussians,
+    "swiss_roll": _swiss_roll,
+    "rings": _rings,
+}
+
+
+def toy(name: str) -> Toy:
+    """A toy density: ``eight_gaussians``, ``twenty_five_gaussians``, ``swiss_roll`` or ``rings``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in _TOYS:
+        raise ValueError(f"name must be one of {', '.join(_TOYS)}, got {name!r}")
+    return _TOYS[name]()

@@ -1,0 +1,76 @@
+"""Densities fitted to codes after training, to sample from (ex-post density estimation)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    r"""A mixture of Gaussians, :math:`q(z) = \sum_c \pi_c\, N(z; m_c, \Sigma_c)`.
+
+    Implements ``def-autoencoder-mixture``.
+
+    Attributes:
+        weights: :math:`\pi_c`, shape (components,), summing to 1.
+        means: :math:`m_c`, shape (components, d).
+        factors: Cholesky factors of the covariances :math:`\Sigma_c`, shape (components, d, d).
+    """
+
+    weights: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
+        """Draw n independent points, shape (n, d)."""
+        device = self.means.device if generator is None else generator.device
+        component = torch.multinomial(self.weights.to(device), n, replacement=True, generator=generator)
+        eps = torch.randn(n, self.means.shape[1], generator=generator, device=device, dtype=self.means.dtype).to(
+            self.means.device
+        )
+        component = component.to(self.means.device)
+        return self.means[component] + torch.einsum("nij,nj->ni", self.factors[component], eps)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density in nats, shape (n,), of points z of shape (n, d)."""
+        normal = torch.distributions.MultivariateNormal(self.means, scale_tril=self.factors)
+        return torch.logsumexp(self.weights.log() + normal.log_prob(z[:, None]), dim=1)
+
+
+def fit_gaussian_mixture(z: Tensor, n_components: int = 1, *, seed: int = 0) -> GaussianMixture:
+    """Fit a mixture of full-covariance Gaussians to codes by maximum likelihood.
+
+    One component is the closed form (mean and covariance of the codes); more are scikit-learn's EM.
+
+    Args:
+        z: codes, shape (n, d), with n > d.
+        n_components: number of Gaussians, at least 1.
+        seed: of EM's starting point.
+
+    Raises:
+        ValueError: for a wrong shape, too few or non-finite codes, or codes that lie on a subspace.
+    """
+    if z.ndim != 2 or not torch.isfinite(z).all():
+        raise ValueError(f"z must be a finite tensor of shape (n, d), got shape {tuple(z.shape)} or NaN in it")
+    if n_components < 1 or len(z) <= max(z.shape[1], n_components):
+        raise ValueError(
+            f"n_components must be at least 1, and z have more than {max(z.shape[1], n_components)} rows, "
+            f"got n_components={n_components} and {len(z)} rows"
+        )
+    z = z.detach()
+    if n_components == 1:
+        weights, means, covariances = (
+            torch.ones(1),
+            z.mean(0)[None],
+            torch.cov(z.T, correction=0).reshape(1, *[z.shape[1]] * 2),
+        )
+    else:
+        from sklearn.mixture import GaussianMixture as Fit
+
+        fit = Fit(n_components, random_state=seed).fit(z.double().cpu().numpy())
+        weights, means, covariances = (torch.from_numpy(a) for a in (fit.weights_, fit.means_, fit.covariances_))
+    factors, info = torch.linalg.cholesky_ex(covariances.to(z))
+    if info.any():
+        raise ValueError("z must span all its dimensions, got codes on a subspace: drop dependent coordinates")
+    return GaussianMixture(weights.to(z), means.to(z), factors)
