@@ -1,0 +1,50 @@
+# `make help` lists what there is. PYTHON chooses the interpreter that .venv is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PAGE := _build/html/index.html
+NOTEBOOK ?=
+PORT ?= 8000
+
+.DEFAULT_GOAL := help
+.PHONY: help book test notebooks serve bench gpu clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+$(READY): requirements.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python 3.11, 3.12 or 3.13 is needed, and %s is %d.%d: make PYTHON=python3.12 book" % (sys.executable, *v))'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# A build that failed forgets what it read: otherwise the next one would skip the pages with the warnings.
+book: $(READY)  ## build the book and print the page to open
+	@$(BIN)/jupyter-book build . -n -W --keep-going --quiet || { rm -rf _build/.doctrees; exit 1; }
+	@echo "Open $(CURDIR)/$(PAGE)"
+
+test: book  ## check the mathematics, the code and the pages, then run every notebook (short)
+	$(BIN)/python -m pytest
+	GAE_SIZE=short $(BIN)/python -m pytest --nbval-lax -W ignore notebooks/*.ipynb
+
+notebooks: $(READY)  ## run notebooks/*.py and write them with their outputs; NOTEBOOK=eae for one
+	$(BIN)/python book/_ext/notebooks.py $(NOTEBOOK)
+
+serve: book  ## show the book at http://localhost:8000; PORT=8080 for another port
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+bench: $(READY)  ## run every script of benchmarks/
+	@for script in benchmarks/*.py; do test -e "$$script" || { echo "benchmarks/ holds no script"; exit 1; }; \
+	  echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+gpu: $(READY)  ## on a machine with CUDA: the tests, and every notebook at full size as a script
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no CUDA device here")'
+	$(BIN)/python -m pytest -m "not pages"
+	@for script in notebooks/*.py; do echo "$$script"; GAE_SIZE=full MPLBACKEND=agg $(BIN)/python "$$script" || exit 1; done
+
+clean:  ## remove the built book and the caches (not .venv)
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+	find gae_core book notebooks tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
