@@ -31,7 +31,7 @@ test: book  ## check the mathematics, the code and the pages, then run every not
 	GAE_SIZE=short $(BIN)/python -m pytest --nbval-lax -W ignore notebooks/*.ipynb
 
 notebooks: $(READY)  ## run notebooks/*.py and write them with their outputs; NOTEBOOK=eae for one
-	$(BIN)/python book/_ext/notebooks.py $(NOTEBOOK)
+	$(BIN)/python book/_ext/make_notebooks.py $(NOTEBOOK)
 
 serve: book  ## show the book at http://localhost:8000; PORT=8080 for another port
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)

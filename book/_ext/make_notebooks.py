@@ -1,7 +1,7 @@
 """Make the executed notebooks: ``notebooks/<topic>.py`` (percent format) becomes ``notebooks/<topic>.ipynb``.
 
-    python book/_ext/notebooks.py          every notebook
-    python book/_ext/notebooks.py eae      one of them
+    python book/_ext/make_notebooks.py          every notebook
+    python book/_ext/make_notebooks.py eae      one of them
 
 The size is ``GAE_SIZE`` (default short). A notebook is written only when it ran without an error and
 ``problems`` finds nothing wrong with it; the test of the notebooks asks the same function.
@@ -118,7 +118,7 @@ def problems(notebook, source, repository: str) -> list[str]:
 
     code = [text(cell["source"]) for cell in ours if cell["cell_type"] == "code"]
     if not code or not same_code(code[0], SETUP.format(repository=repository)):
-        wrong.append("the first code cell is not the set-up cell (SETUP in book/_ext/notebooks.py)")
+        wrong.append("the first code cell is not the set-up cell (SETUP in book/_ext/make_notebooks.py)")
     for index, cell in enumerate(ours):
         if cell["cell_type"] == "markdown" and (found := MYST.search(text(cell["source"]))):
             wrong.append(f"cell {index}: MyST syntax {found[0].strip()!r}; write plain Markdown and $…$")
