@@ -166,7 +166,7 @@ def set_cell_ids(notebook) -> None:
 
 def execute(notebook, size: str):
     """Execute a notebook in place and stamp its metadata with what it ran with."""
-    os.environ.update(GAE_SIZE=size, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    environment = {**os.environ, "GAE_SIZE": size, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     stamp = nbformat.v4.new_code_cell(STAMP)
     notebook["cells"].append(stamp)
     client = nbclient.NotebookClient(
@@ -178,7 +178,7 @@ def execute(notebook, size: str):
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
     start = time.perf_counter()
-    client.execute()
+    client.execute(env=environment)
     seconds = time.perf_counter() - start
     ran_with = json.loads(notebook["cells"].pop()["outputs"][0]["text"])
     notebook["metadata"]["gae"] = {**ran_with, "size": size, "seconds": round(seconds, 1)}
