@@ -1,0 +1,31 @@
+// What does not fit scrolls in its own box, and a keyboard can reach that box.
+(() => {
+  const boxes = "div.math, span.math.wide, div.highlight pre, div.output pre, .pst-scrollable-table-container";
+
+  function fit() {
+    const inline = document.querySelectorAll("article span.math:not(td *, th *)"); // a table scrolls as a whole
+    inline.forEach((formula) => formula.classList.remove("wide"));
+    const wide = [...inline].filter((formula) => {
+      const line = formula.closest("p, li, dt, dd, figcaption, h1, h2, h3, h4, div");
+      const drawn = formula.querySelector("svg");
+      return drawn && line && drawn.getBoundingClientRect().width > line.clientWidth;
+    });
+    wide.forEach((formula) => formula.classList.add("wide"));
+    for (const box of document.querySelectorAll(boxes)) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    }
+  }
+
+  let asked = 0;
+  const soon = () => {
+    cancelAnimationFrame(asked);
+    asked = requestAnimationFrame(fit);
+  };
+  window.addEventListener("load", async () => {
+    await window.MathJax?.startup?.promise;
+    fit();
+    window.addEventListener("resize", soon);
+    document.addEventListener("toggle", soon, true); // a solution was opened
+  });
+})();

@@ -1,0 +1,284 @@
+"""The built book reads well: offline, on a phone and a laptop, in light and dark."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+HTML = ROOT / "_build" / "html"
+WIDTHS = {"phone": 390, "laptop": 1280}
+FLAGS = [
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+def toc_pages() -> list[str]:
+    """List the documents of _toc.yml in reading order."""
+    found = []
+
+    def walk(entry):
+        if "file" in entry:
+            found.append(entry["file"])
+        for key in ("parts", "chapters", "sections"):
+            for below in entry.get(key, []):
+                walk(below)
+
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    walk({"file": toc["root"], "parts": toc["parts"]})
+    return found
+
+
+PAGES = toc_pages()
+
+
+@pytest.fixture(scope="module")
+def built():
+    if not (HTML / "index.html").exists():
+        pytest.skip("the book is not built: run `make book`")
+
+
+@pytest.fixture(scope="module")
+def browser(built):
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine: the pages are not opened")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    with sync_api.sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=path, args=FLAGS + root)
+        yield instance
+        instance.close()
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def tab(request, browser):
+    """A tab that asks for one of the two themes, reaches no network, and records what it tried and said."""
+    context = browser.new_context(color_scheme=request.param)
+    tried, said = [], []
+
+    def only_files(route):
+        if route.request.url.startswith(("file:", "data:")):
+            route.continue_()
+        else:
+            tried.append(route.request.url)
+            route.abort()
+
+    context.route("**/*", only_files)
+    page = context.new_page()
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.theme, page.tried, page.said = request.param, tried, said
+    yield page
+    context.close()
+
+
+# Runs in the page: what is wrong with it, as a list of sentences.
+INSPECT = r"""
+() => {
+  const wrong = [];
+  const show = (element) => element.outerHTML.slice(0, 160);
+  for (const math of document.querySelectorAll(".math"))
+    if (!math.querySelector("mjx-container svg")) wrong.push("not drawn: " + math.textContent.slice(0, 80));
+  for (const node of document.querySelectorAll('[data-mjx-error], mjx-merror, [data-mml-node="merror"]'))
+    wrong.push("MathJax error: " + (node.getAttribute("data-mjx-error") || show(node)));
+  for (const node of document.querySelectorAll('mjx-container g[fill="red"]'))
+    wrong.push("unknown command in: " + show(node.closest("mjx-container").parentElement));
+
+  const article = document.querySelector("article").cloneNode(true);
+  for (const node of article.querySelectorAll("pre, code, script, style, mjx-container")) node.remove();
+  for (const raw of ["$$", "\\(", "\\[", "\\begin{", "{eq}", "{ref}", "{doc}", "{cite", "{prf:", "{func}", "{numref}"])
+    if (article.textContent.includes(raw)) wrong.push("raw markup in the text: " + raw);
+
+  for (const image of document.querySelectorAll("img")) {
+    const alt = image.getAttribute("alt") || "";
+    if (!alt.trim() || /\.(png|svg|jpe?g)$/.test(alt) || alt.includes("_images/")) wrong.push("no alt: " + show(image));
+    if (!image.complete || !image.naturalWidth) wrong.push("not loaded: " + show(image));
+    if (!image.closest("figure")?.querySelector("figcaption")?.textContent.trim())
+      wrong.push("no caption: " + show(image));
+  }
+  const shown = document.documentElement.dataset.theme;
+  if (shown !== (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"))
+    wrong.push("the theme shown is " + shown);
+  return wrong;
+}
+"""
+
+# Runs in the page: text whose contrast with its background is below 4.5 to 1 (3 to 1 where it is large).
+CONTRAST = r"""
+() => {
+  const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = (colour) => {
+    context.clearRect(0, 0, 1, 1); context.fillStyle = colour; context.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255];
+  };
+  const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
+    const v = c[i] / 255; return sum + weight * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  const background = (element) => {
+    const layers = [];
+    for (let e = element; e; e = e.parentElement) layers.push(rgba(getComputedStyle(e).backgroundColor));
+    return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const low = new Set();
+  const walker = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const element = node.parentElement, style = getComputedStyle(element);
+    if (!node.textContent.trim() || !element.checkVisibility() || element.closest("mjx-assistive-mml, a.headerlink"))
+      continue;
+    const below = background(element), above = over(rgba(style.color), below);
+    const [a, b] = [light(above), light(below)];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    if (ratio < (large ? 3 : 4.5))
+      low.add(`contrast ${ratio.toFixed(1)}: <${element.localName} class="${element.className}"> ` +
+              node.textContent.trim().slice(0, 40));
+  }
+  return [...low];
+}
+"""
+
+# Runs in the page: what is wider than the window, or is cut off with no way to scroll to it.
+TOO_WIDE = r"""
+() => {
+  const wrong = [];
+  const width = document.documentElement.clientWidth, scroll = document.scrollingElement.scrollWidth;
+  const right = (element) => element.getBoundingClientRect().right;
+  if (scroll > width) {
+    const out = [...document.querySelectorAll("article *")].filter((element) => right(element) > width + 1);
+    const names = out.slice(-3).map((element) => element.outerHTML.slice(0, 120));
+    wrong.push(`${scroll} px wide, the window ${width}: ` + names.join(" | "));
+  }
+  for (const formula of document.querySelectorAll("article mjx-container svg")) {
+    if (right(formula) <= width || !formula.checkVisibility()) continue;
+    const scrolls = (box) => ["auto", "scroll"].includes(getComputedStyle(box).overflowX) && right(box) <= width + 1;
+    let box = formula.parentElement;
+    while (box !== document.body && !scrolls(box)) box = box.parentElement;
+    if (box === document.body)
+      wrong.push("formula cut off: " + formula.closest(".math, mjx-container").outerHTML.slice(0, 160));
+  }
+  return wrong;
+}
+"""
+
+
+@pytest.mark.pages
+@pytest.mark.parametrize("document", [*PAGES, "search", "genindex"])
+def test_page(tab, document):
+    path = HTML / f"{document}.html"
+    assert path.exists(), "the toc names this page, the build has none"
+    tab.tried.clear()
+    tab.said.clear()
+    tab.set_viewport_size({"width": WIDTHS["laptop"], "height": 800})
+    tab.goto(path.as_uri(), wait_until="load")
+    tab.evaluate("async () => { if (window.MathJax) { await MathJax.startup?.promise; } }")
+    if 'class="math' in path.read_text(encoding="utf-8"):
+        tab.wait_for_selector("mjx-container svg", state="attached", timeout=20_000)
+        tab.evaluate("() => MathJax.startup.promise")
+    wrong = tab.evaluate(INSPECT) if document in PAGES else []
+    if document in PAGES:
+        wrong += tab.evaluate(CONTRAST)
+    for name, width in WIDTHS.items():
+        tab.set_viewport_size({"width": width, "height": 800})
+        tab.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        wrong += [f"{name}: {message}" for message in tab.evaluate(TOO_WIDE)]
+    wrong += [f"asks the network for {url}" for url in tab.tried]
+    wrong += [f"console: {message}" for message in tab.said]
+    assert not wrong, f"{document}, {tab.theme}:\n" + "\n".join(wrong)
+
+
+def test_no_page_loads_anything_from_elsewhere(built):
+    loads = re.compile(
+        r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"(?:https?:)?//|<link\b[^>]*\bhref=\"(?:https?:)?//"
+    )
+    for path in HTML.rglob("*.html"):
+        found = loads.search(path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(HTML)}: {found[0]}"
+
+
+def test_the_code_page_has_every_module():
+    page = (ROOT / "book" / "api.md").read_text(encoding="utf-8")
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "gae_core").rglob("*.py")
+        if not path.stem.startswith("__")
+    }
+    assert set(re.findall(r"automodule:: (\S+)", page)) == modules
+
+
+def test_every_page_of_the_book_is_in_the_toc():
+    files = {f"book/{path.stem}" for path in (ROOT / "book").glob("*.md")}
+    files |= {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.py")}
+    assert set(PAGES) == files
+
+
+PIXEL = base64.b64encode(
+    bytes.fromhex(
+        "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+        "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
+    )
+).decode()
+
+
+@pytest.fixture
+def figure_page(tmp_path):
+    """A function that builds a page with one notebook-figure; it returns the status, messages and HTML."""
+
+    def cell(name, outputs):
+        return {"cell_type": "code", "metadata": {"mystnb": {"figure": {"name": name}}}, "outputs": outputs}
+
+    (tmp_path / "notebooks").mkdir()
+    cells = [cell("fig-t-x", [{"data": {"image/png": PIXEL}}]), cell("fig-t-empty", [])]
+    (tmp_path / "notebooks" / "t.ipynb").write_text(json.dumps({"cells": cells}))
+
+    def build(directive):
+        (tmp_path / "index.md").write_text(f"# Page\n\n{{numref}}`fig-t-x-chapter`\n\n{directive}\n")
+        options = ["-D", "extensions=myst_parser,notebook_figure", "-D", "numfig=1", "-D", "suppress_warnings=ref"]
+        command = [sys.executable, "-m", "sphinx", "-C", "-q", "-W", "--keep-going", *options, ".", "out/html"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "book" / "_ext")}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        page = tmp_path / "out" / "html" / "index.html"
+        return done.returncode, done.stderr, page.read_text(encoding="utf-8") if page.exists() else ""
+
+    return build
+
+
+def test_notebook_figure_is_numbered_described_and_captioned(figure_page):
+    status, messages, page = figure_page("```{notebook-figure} t fig-t-x\n:alt: A dot\nThe *caption*.\n```")
+    assert status == 0, messages
+    assert 'id="fig-t-x-chapter"' in page
+    assert 'alt="A dot"' in page
+    assert "_images/fig-t-x.png" in page
+    assert "The <em>caption</em>." in page
+    assert 'href="#fig-t-x-chapter"' in page
+
+
+@pytest.mark.parametrize(
+    ("directive", "message"),
+    [
+        ("```{notebook-figure} other fig-t-x\n:alt: A\nCaption.\n```", "there is no notebooks/other.ipynb"),
+        (
+            "```{notebook-figure} t fig-t-y\n:alt: A\nCaption.\n```",
+            "has no figure fig-t-y; it has: fig-t-empty, fig-t-x",
+        ),
+        ("```{notebook-figure} t fig-t-empty\n:alt: A\nCaption.\n```", "holds no PNG"),
+        ("```{notebook-figure} t fig-t-x\nCaption.\n```", "give it an :alt:"),
+        ("```{notebook-figure} t fig-t-x\n:alt: A\n```", "the caption is missing"),
+    ],
+)
+def test_notebook_figure_says_what_is_missing(figure_page, directive, message):
+    status, messages, _ = figure_page(directive)
+    assert status != 0
+    assert message in messages
