@@ -60,7 +60,7 @@ def draw_codes(ax: Axes, z: Tensor, y: Tensor | None = None, *, title: str = "",
     ax.scatter(z[:, 0], z[:, 1], c=colours, s=3, alpha=0.5, cmap="tab10", linewidths=0, rasterized=True)
     if limit is not None:
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit))
-    ax.set_aspect("equal", adjustable="datalim" if limit is None else "box")
+    ax.set_aspect("equal")
     ax.set_title(title, fontsize=10)
 
 
