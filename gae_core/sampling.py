@@ -41,7 +41,8 @@ class GaussianMixture:
 def fit_gaussian_mixture(z: Tensor, n_components: int = 1, *, seed: int = 0) -> GaussianMixture:
     """Fit a mixture of full-covariance Gaussians to codes by maximum likelihood.
 
-    One component is the closed form (mean and covariance of the codes); more are scikit-learn's EM.
+    One component is the closed form (mean and covariance of the codes); more are scikit-learn's EM, which adds a
+    millionth of the codes' mean variance to each variance.
 
     Args:
         z: codes, shape (n, d), with n > d.
@@ -58,19 +59,20 @@ def fit_gaussian_mixture(z: Tensor, n_components: int = 1, *, seed: int = 0) -> 
             f"n_components must be at least 1, and z have more than {max(z.shape[1], n_components)} rows, "
             f"got n_components={n_components} and {len(z)} rows"
         )
-    z = z.detach()
-    if n_components == 1:
-        weights, means, covariances = (
-            torch.ones(1),
-            z.mean(0)[None],
-            torch.cov(z.T, correction=0).reshape(1, *[z.shape[1]] * 2),
-        )
-    else:
+    z, d = z.detach(), z.shape[1]
+    weights, means = z.new_ones(1), z.mean(0)[None]
+    covariances = torch.cov(z.T, correction=0).reshape(1, d, d)
+    std = covariances[0].diagonal().sqrt()
+    # Correlations, for they do not depend on the units; rounding turns an eigenvalue 0 of theirs into one of about eps.
+    if (z == z[0]).all(0).any() or (
+        torch.linalg.eigvalsh(covariances[0] / torch.outer(std, std))[0] < 10 * d * torch.finfo(z.dtype).eps
+    ):
+        raise ValueError("z must span all its dimensions, got codes on a subspace: drop dependent coordinates")
+    if n_components > 1:
         from sklearn.mixture import GaussianMixture as Fit
 
-        fit = Fit(n_components, random_state=seed).fit(z.double().cpu().numpy())
-        weights, means, covariances = (torch.from_numpy(a) for a in (fit.weights_, fit.means_, fit.covariances_))
-    factors, info = torch.linalg.cholesky_ex(covariances.to(z))
-    if info.any():
-        raise ValueError("z must span all its dimensions, got codes on a subspace: drop dependent coordinates")
-    return GaussianMixture(weights.to(z), means.to(z), factors)
+        # EM adds this to the variances, so that no component shrinks to a point; a millionth of the codes' own.
+        floor = 1e-6 * float(z.double().var(0).mean())
+        fit = Fit(n_components, max_iter=1000, reg_covar=floor, random_state=seed).fit(z.double().cpu().numpy())
+        weights, means, covariances = (torch.from_numpy(a).to(z) for a in (fit.weights_, fit.means_, fit.covariances_))
+    return GaussianMixture(weights, means, torch.linalg.cholesky(covariances))
