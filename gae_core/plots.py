@@ -56,8 +56,8 @@ def image_panels(panels: dict[str, Tensor], *, columns: int, per_row: int = 4, s
 def draw_codes(ax: Axes, z: Tensor, y: Tensor | None = None, *, title: str = "", limit: float | None = None) -> None:
     """Scatter the first two coordinates of codes (n, d), coloured by class y (n,)."""
     z = z.detach().cpu()
-    colours = None if y is None else y.cpu()
-    ax.scatter(z[:, 0], z[:, 1], c=colours, s=3, alpha=0.5, cmap="tab10", linewidths=0, rasterized=True)
+    colours = {} if y is None else {"c": y.cpu(), "cmap": "tab10"}
+    ax.scatter(z[:, 0], z[:, 1], s=3, alpha=0.5, linewidths=0, rasterized=True, **colours)
     if limit is not None:
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit))
     ax.set_aspect("equal")
