@@ -63,9 +63,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     d = a.shape[1]
     cov_a, cov_b = (torch.cov(x.T).reshape(d, d) for x in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
+    eigen = (torch.linalg.eigh(cov) for cov in (cov_a, cov_b))
+    root_a, root_b = (vectors * values.clamp_min(0).sqrt() @ vectors.T for values, vectors in eigen)
+    # The singular values of the product are the eigenvalues of that root, without the square root of a rounding error.
+    cross = torch.linalg.svdvals(root_a @ root_b).sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
