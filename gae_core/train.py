@@ -66,8 +66,8 @@ def fit(
     Raises:
         ValueError: for arguments that do not fit together, or a checkpoint of another training.
         FileExistsError: if ``checkpoint`` exists and ``resume`` was not asked for.
-        FloatingPointError: if a term becomes NaN or infinite; the weights stay those before the step, and the last
-            checkpoint is left as it is.
+        FloatingPointError: if a term or the gradient becomes NaN or infinite; the weights stay those before the step
+            (batch norm's running averages have seen the batch), and the last checkpoint is left as it is.
     """
     if epochs < 1 or not 1 <= batch_size <= len(x):
         raise ValueError(
@@ -93,7 +93,7 @@ def fit(
     if checkpoint is not None and (checkpoint := Path(checkpoint)).exists():
         if not resume:
             raise FileExistsError(f"{checkpoint} exists: pass resume=True to go on from it, or remove it")
-        done, history = _load(checkpoint, settings, model, optimizer, order, noise)
+        done, history = _load(checkpoint, settings, epochs, model, optimizer, order, noise)
 
     show = progress and sys.stderr.isatty()
     for epoch in range(done, epochs):
@@ -111,6 +111,9 @@ def fit(
                 history.setdefault(name, []).append(value.detach())
             optimizer.zero_grad()
             terms["total"].backward()
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"gradient's norm is {norm.item()} at epoch {epoch + 1}, step {step}")
             optimizer.step()
         model.eval()
         if checkpoint is not None:
@@ -141,16 +144,19 @@ def _save(path, settings, epoch, history, model, optimizer, order, noise) -> Non
     temporary.replace(path)
 
 
-def _load(path, settings, model, optimizer, order, noise) -> tuple[int, dict[str, list[Tensor]]]:
+def _load(path, settings, epochs, model, optimizer, order, noise) -> tuple[int, dict[str, list[Tensor]]]:
     """Restore everything from a checkpoint of the same training; returns epochs done and the history."""
     device = next(model.parameters()).device
     state = torch.load(path, weights_only=True, map_location=device)
     if state["settings"] != settings:
         raise ValueError(f"{path} is of another training: it has {state['settings']}, this call has {settings}")
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path} is of another model: {error}") from error
+    if state["epoch"] > epochs:
+        raise ValueError(f"{path} has {state['epoch']} epochs done, more than epochs={epochs}")
+    shapes, here = ({name: tuple(v.shape) for name, v in s.items()} for s in (state["model"], model.state_dict()))
+    if shapes != here:  # compared before anything is loaded: load_state_dict would stop half-way
+        name = next(name for name in shapes | here if shapes.get(name) != here.get(name))
+        raise ValueError(f"{path} is of another model: {name} is {shapes.get(name)} there and {here.get(name)} here")
+    model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     order.set_state(state["order"].cpu())
     noise.set_state(state["noise"].cpu())
