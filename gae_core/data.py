@@ -87,14 +87,15 @@ def load(name: str, *, root: str | Path | None = None, download: bool = False) -
 
     root = data_root(root)
     dataset = getattr(torchvision.datasets, _TORCHVISION[name])
-    # Files that were put there as they are published are unpacked without a network.
-    packed = (root / _TORCHVISION[name] / "raw" / "train-images-idx3-ubyte.gz").exists()
+    # Files that were put there as they are published are unpacked without a network, if all are there and whole.
+    folder = root / _TORCHVISION[name] / "raw"
+    packed = all(torchvision.datasets.utils.check_integrity(folder / file, md5) for file, md5 in dataset.resources)
     try:
         train, test = (dataset(root, train=part, download=download or packed) for part in (True, False))
     except RuntimeError as error:
         raise FileNotFoundError(
             f"{name} is not in {root}: run `python -m gae_core data {name}`, or put its four .gz files into "
-            f"{root / _TORCHVISION[name] / 'raw'}, or name another folder with GAE_DATA"
+            f"{folder}, or name another folder with GAE_DATA"
         ) from error
     return Images(name, train.data[:, None], train.targets, test.data[:, None], test.targets)
 
@@ -164,9 +165,10 @@ def _swiss_roll(std: float = 0.1) -> Toy:
         return curve(t) + std * torch.randn(n, 2, generator=generator)
 
     def log_prob(x: Tensor) -> Tensor:
-        # The integral over t by the trapezoidal rule, whose step along the curve is at most std / 9.
+        # The integral over t by Simpson's rule, whose step along the curve is at most std / 8.
         t = torch.linspace(low, high, 2401, dtype=torch.float64, device=x.device)
-        weight = torch.full_like(t, (high - low) / 2400)
+        weight = torch.full_like(t, (high - low) / 2400 * 2 / 3)
+        weight[1::2] *= 2
         weight[[0, -1]] /= 2
         squared = torch.cdist(x.double(), curve(t)).square()
         log_integral = torch.logsumexp(-squared / (2 * std**2) + weight.log(), 1)
