@@ -1,6 +1,10 @@
-// What does not fit scrolls in its own box, and a keyboard can reach that box.
+// What does not fit scrolls in its own box. A keyboard can reach that box, and it fades where there is more.
 (() => {
-  const boxes = "div.math, span.math.wide, div.highlight pre, div.output pre, .pst-scrollable-table-container";
+  const boxes =
+    "div.math mjx-container, span.math.wide, div.highlight pre, div.output pre, .pst-scrollable-table-container";
+
+  const fade = (box) =>
+    box.classList.toggle("more", box.tabIndex === 0 && box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
 
   function fit() {
     const inline = document.querySelectorAll("article span.math:not(td *, th *)"); // a table scrolls as a whole
@@ -14,6 +18,7 @@
     for (const box of document.querySelectorAll(boxes)) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
+      fade(box);
     }
   }
 
@@ -27,5 +32,7 @@
     fit();
     window.addEventListener("resize", soon);
     document.addEventListener("toggle", soon, true); // a solution was opened
+    document.addEventListener("click", soon); // so do the theme's own buttons
+    document.addEventListener("scroll", (event) => event.target.matches?.(boxes) && fade(event.target), true);
   });
 })();
