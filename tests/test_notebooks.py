@@ -89,6 +89,11 @@ def spoil_both_metadata(executed, source):
         notebook["cells"][3]["metadata"]["mystnb"] = {"figure": {"name": "fig-t-x", "caption": "A line."}}
 
 
+def spoil_figure(executed, source):
+    value = nbformat.v4.new_output("execute_result", data={"text/plain": "[<Line2D>]"}, execution_count=3)
+    executed["cells"][3]["outputs"].append(value)
+
+
 SPOILT = {
     "source": (lambda e, s: e["cells"][2].update(source="print(3)"), "the source differs"),
     "type": (lambda e, s: e["cells"][0].update(cell_type="raw"), "the cell_type differs"),
@@ -99,6 +104,7 @@ SPOILT = {
     "stderr": (spoil_output(output_type="stream", name="stderr", text="50%|"), "wrote to stderr"),
     "path": (spoil_output(output_type="stream", name="stdout", text="at /home/me/x.py"), "path of the machine"),
     "no alt": (spoil_both_metadata, "no image.alt"),
+    "value beside the figure": (spoil_figure, "more than its one figure"),
     "role": (spoil_markdown("see {eq}`eq-a`"), "MyST syntax"),
     "domain role": (spoil_markdown("see {cite:t}`a2020`"), "MyST syntax"),
     "directive": (spoil_markdown("```{note}\nhi\n```"), "MyST syntax"),

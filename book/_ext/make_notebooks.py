@@ -38,9 +38,7 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         raise RuntimeError(
             "This copy names no repository: put the folder gae_core beside the notebook, then run again."
         )
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{{REPOSITORY}}"], check=True
-    )
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{{REPOSITORY}}"], check=True)
 """
 REPOSITORY_LINE = re.compile(r'^REPOSITORY = "[^"]*"', re.MULTILINE)
 
@@ -150,8 +148,8 @@ def output_problems(cell) -> list[str]:
         for group, key in (("figure", "name"), ("figure", "caption"), ("image", "alt")):
             if not mystnb.get(group, {}).get(key):
                 wrong.append(f"draws an image but its mystnb metadata has no {group}.{key}")
-        if drawn > 1:
-            wrong.append(f"draws {drawn} images; one figure a cell")
+        if sum(output["output_type"] != "stream" for output in cell["outputs"]) > 1:
+            wrong.append("shows more than its one figure: split the cell, or end it with plt.show()")
     return wrong
 
 
