@@ -160,7 +160,7 @@ slope = sp.simplify(sp.expand_func(sp.diff(family, u).subs(u, half)))
 curvature = sp.diff(family, u, 2).subs(u, half)
 curvature = sp.simplify(curvature.subs(sp.polygamma(1, 3 * half), sp.polygamma(1, half) - 4))  # its recurrence
 print("H'(1/2)  =", slope)
-print("H''(1/2) =", curvature, "<0" if curvature < 0 else "")
+print("H''(1/2) =", curvature, "< 0" if curvature < 0 else "")
 print("H(1/2)   =", sp.simplify(sp.expand_func(family.subs(u, half))))
 
 # %% mystnb={"figure": {"name": "fig-max_entropy-generalised", "caption": "Entropy of the generalised normal family at variance 1. The peak is at shape 2, the normal density, and it is flat."}, "image": {"alt": "A curve of entropy against the shape beta on a logarithmic axis from 0.4 to 40. It rises steeply to a peak at beta equal to 2 and falls slowly towards the value of the uniform density."}}
