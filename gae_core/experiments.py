@@ -72,7 +72,7 @@ def build(name: str, shape: Sequence[int], *, size: str, seed: int) -> nn.Module
 
 
 def fit(model: nn.Module, images: data.Images, *, size: str, seed: int, **options) -> train.History:
-    """Train a model on images by the recipe that all recorded runs share; options go to :func:`train.fit`."""
+    """Train a model on images by the recipe that all recorded runs share; options go to :func:`gae_core.train.fit`."""
     return train.fit(
         model,
         images.x_train,

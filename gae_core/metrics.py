@@ -72,13 +72,13 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Gaussianity:
-    """How far codes are from N(0, I). Each is 0 for the distribution itself, up to sampling.
+    """How far codes are from N(0, I). Each but radius_std is 0 for the distribution itself, up to sampling.
 
     Attributes:
         ks_marginal: mean over coordinates of the Kolmogorov-Smirnov distance to N(0, 1).
-        ks_radius: Kolmogorov-Smirnov distance of |z|^2 to chi-squared with d degrees of freedom. Codes on a sphere have
-            nearly normal marginals in high dimension: this is what sees them.
-        radius_std: standard deviation of |z|^2 over sqrt(2 d), its value for N(0, I); so this one should be 1.
+        ks_radius: Kolmogorov-Smirnov distance of the squared length to chi-squared with d degrees of freedom. Codes
+            on a sphere have nearly normal marginals in high dimension: this is what sees them.
+        radius_std: standard deviation of the squared length over sqrt(2 d), its value for N(0, I): 1 for that.
         max_correlation: largest absolute correlation between two coordinates (0 for d = 1).
         ks_noise: 1.36 / sqrt(n), what a Kolmogorov-Smirnov distance of truly normal codes exceeds once in twenty.
     """

@@ -26,7 +26,7 @@ def mlp(sizes: Sequence[int], *, activation: type[nn.Module] = nn.ReLU) -> nn.Se
 
 
 def mlp_pair(shape: Sequence[int], dim: int, *, hidden: Sequence[int] = (512, 256)) -> tuple[nn.Module, nn.Module]:
-    """Encoder (batch, *shape) -> (batch, dim) and mirrored decoder back to images in [0, 1].
+    """Encoder from images of a shape to codes (batch, dim), and the mirrored decoder back to images in [0, 1].
 
     Args:
         shape: shape of one image, (channels, height, width).

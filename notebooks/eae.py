@@ -167,7 +167,7 @@ for shift, part, label in ((-0.2, 0, "moments"), (0.2, 1, "shape")):
     ax.bar_label(bars, fmt="%.2f", fontsize=9)
 ax.set(xticks=range(3), xticklabels=list(split), ylabel="nats", yscale="log")
 ax.margins(y=0.15)
-ax.legend()
+legend = ax.legend()
 
 # %% [markdown]
 # Batch norm removes nearly all of the moment part, and leaves the shape as it was. What is left of the moments is
