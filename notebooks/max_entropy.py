@@ -55,7 +55,7 @@ MAXIMUM = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1) in nats
 print(f"size: {SIZE}, device: {device}")
 
 # %% [markdown]
-# ## 1. Four densities with variance 1
+# ## Four densities with variance 1
 #
 # **Predict.** Order these by entropy: normal, uniform, Laplace, logistic. Which comes closest to the normal?
 #
@@ -79,7 +79,7 @@ exact["logistic"] = sp.simplify(
     sp.log(scale) - sp.integrate(sp.log(u), (u, 0, 1)) - sp.integrate(sp.log(1 - u), (u, 0, 1))
 )
 for name, value in exact.items():
-    print(f"{name:9} {value!s:28} = {float(value):.6f} nats, {float(exact['normal'] - value):.6f} below the normal")
+    print(f"{name:8} {value!s:25} = {float(value):.6f}, gap {float(exact['normal'] - value):.6f}")
 
 # %% [markdown]
 # Now by numerical integration of the densities from SciPy, as an independent check, and in a picture.
@@ -143,7 +143,7 @@ for name, law in known.items():
     assert variation <= pinsker + 1e-4 and distance <= talagrand + 1e-6
 
 # %% [markdown]
-# ## 2. A family that passes through the normal
+# ## A family that passes through the normal
 #
 # The generalised normal density is proportional to $\exp(-|z/\alpha|^\beta)$: Laplace at $\beta=1$, normal at
 # $\beta=2$, uniform as $\beta\to\infty$. With $\alpha^2=\Gamma(1/\beta)/\Gamma(3/\beta)$ its variance is 1.
@@ -204,7 +204,7 @@ print(f"Within 0.01 nats of the maximum: shapes from {near.min():.2f} to {near.m
 # shapes apart.
 
 # %% [markdown]
-# ## 3. Climb the entropy
+# ## Climb the entropy
 #
 # No formula now. A density on a grid is a vector of probabilities, $p=\mathrm{softmax}(\theta)$, and its entropy a
 # function that autograd differentiates. Each constraint $\mathbb E f=c$ has a multiplier $\lambda$ that rises while
@@ -297,7 +297,7 @@ assert abs(float(multipliers[0])) < 1e-3 and abs(float(multipliers[1]) - 0.5) < 
 # a wider density may have more entropy. Scaled to variance 1 the same density has the entropy $H-\log\sigma$, and that
 # never passes the bound.
 #
-# ## 4. Other constraints
+# ## Other constraints
 #
 # **Predict.** What comes out (a) on an interval with no constraint, (b) on the positive half line with mean 1,
 # (c) on the line with $\mathbb E|z|=1$?
@@ -313,7 +313,7 @@ problems = {
         math.log(2),
     ),
     "mean 1 on z > 0: exponential": (positive, [(positive, 1.0)], -2 * (positive - 1) ** 2, torch.exp(-positive), 1.0),
-    r"$\mathbb{E}|z| = 1$: Laplace": (
+    "E|z| = 1: Laplace": (
         line,
         [(line.abs(), 1.0)],
         -(line**2) / 2,
@@ -332,7 +332,7 @@ for ax, (name, (where, constraints, start, theory, bound)) in zip(axes, problems
     width = float(where[1] - where[0])
     variation = 0.5 * float((steps[-1] - theory).abs().sum()) * width
     price = ", ".join(f"{float(p):.4f}" for p in prices) or "none"
-    print(f"{name:32} entropy {values[-1]:.4f} (theory {bound:.4f}), multipliers {price}, distance {variation:.1e}")
+    print(f"{name:28} entropy {values[-1]:.4f} of {bound:.4f}, multiplier {price}")
     # The cells are 0.02 wide, and the densities of theory are taken at their middles: error of the order 1e-4.
     assert variation < 1e-3 and abs(values[-1] - bound) < 1e-3
     assert all(abs(float(p) - 1) < 5e-3 for p in prices)  # theory: 1/m = 1 and 1/s = 1
@@ -340,7 +340,7 @@ axes[0].legend(fontsize=8)
 figure.tight_layout()
 
 # %% [markdown]
-# ## 5. When nothing is found
+# ## When nothing is found
 #
 # Ask for mean 0 alone, on the whole line. A computer has no whole line, so we give it longer and longer ones.
 #
@@ -359,7 +359,7 @@ assert np.all(np.diff(found) > 0.5)  # log 2 = 0.69 for every doubling: there is
 # %% [markdown]
 # It is the uniform density each time, as long as the line allows. The supremum is infinite.
 #
-# ## 6. Correlation
+# ## Correlation
 #
 # Batch normalisation fixes variances, not correlations. Do they need to be fixed?
 #
@@ -426,7 +426,7 @@ determinants = np.linalg.det(covariances / (scales[:, :, None] * scales[:, None,
 print("determinants above 1:", int((determinants > 1).sum()), "of", len(determinants))
 
 # %% [markdown]
-# ## 7. Softmax is a maximum of entropy
+# ## Softmax is a maximum of entropy
 #
 # Six states have the energies below. Among all distributions with a given mean energy, which has the largest entropy?
 # Theory says $p_i\propto e^{-U_i/T}$.
@@ -487,7 +487,7 @@ print("d log Z / d beta + E[U]  =", sp.simplify(sp.diff(sp.log(partition), beta)
 print("d E[U] / d beta + Var[U] =", sp.simplify(sp.diff(mean, beta) + variance))
 
 # %% [markdown]
-# ## 8. What a reconstruction loss does
+# ## What a reconstruction loss does
 #
 # An autoencoder minimises $\mathcal R-\lambda H$: reconstruction pulls the codes one way, entropy the other.
 # Take a reconstruction loss that wants the codes at $\pm1$: $\mathcal R=\mathbb E(z^2-1)^2$, with mean 0 and
