@@ -1,0 +1,74 @@
+"""The floors of the package: a module imports from floors below its own, and the mathematics can be copied alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MATHEMATICS = ("gaussian", "entropy", "normalization", "sampling")
+FLOORS = [
+    {*MATHEMATICS, "nets", "data"},
+    {"models"},
+    {"train", "metrics", "plots"},
+    {"experiments", "__main__"},
+]
+FILES = sorted((ROOT / "gae_core").rglob("*.py"))
+
+
+def room(name):
+    """The second part of a dotted name: gae_core.models.eae is in the room models."""
+    return name.split(".")[1] if "." in name else name
+
+
+def floor(name):
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+def imports(path, top_level=False):
+    """Dotted names that a file imports; ``from gae_core import data`` counts as gae_core.data."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            bare = node.module == "gae_core"
+            yield from ([f"gae_core.{alias.name}" for alias in node.names] if bare else [node.module])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    relative = path.relative_to(ROOT).with_suffix("")
+    if relative.name == "__init__":
+        assert not any(name.startswith("gae_core") for name in imports(path))
+        return
+    own = ".".join(relative.parts)
+    for name in imports(path):
+        if name.startswith("gae_core"):
+            below = floor(name) < floor(own)
+            same = floor(name) == floor(own) and room(name) == room(own) == "models"
+            door = room(own) == "__main__"
+            assert below or same or door, f"{own} imports {name}, which is not on a floor below"
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_a_file_of_mathematics_needs_torch_alone(name):
+    allowed = {"torch", *sys.stdlib_module_names}
+    found = {n.split(".")[0] for n in imports(ROOT / "gae_core" / f"{name}.py", top_level=True)}
+    assert found <= allowed, f"{name} imports {found - allowed} on loading"
+
+
+def test_the_readmes_snippet_runs_on_a_copied_file(tmp_path, monkeypatch):
+    (tmp_path / "entropy.py").write_text((ROOT / "gae_core" / "entropy.py").read_text(encoding="utf-8"))
+    snippet = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "entropy", raising=False)
+    import torch
+
+    names = {"encoder": torch.nn.Linear(5, 2), "batch": torch.randn(20, 5), "error": torch.zeros(())}
+    exec(snippet, names)
+    names["loss"].backward()
+    assert names["encoder"].weight.grad.abs().sum() > 0
+    assert Path(sys.modules["entropy"].__file__).parent == tmp_path
