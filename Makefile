@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 PAGE := _build/html/index.html
 NOTEBOOK ?=
 PORT ?= 8000
+# A thread that waits for another sleeps: on a busy machine spinning makes small networks ten times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help book test notebooks serve bench gpu clean
