@@ -25,7 +25,7 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 def draw_images(ax: Axes, images: Tensor, *, columns: int, title: str = "") -> None:
     """Draw images (n, channels, height, width) with values in [0, 1] as a grid into one axes."""
-    ax.imshow(tile(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(tile(images, columns).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_title(title, fontsize=10)
     ax.axis("off")
 
