@@ -67,7 +67,7 @@ def build(name: str, shape: Sequence[int], *, size: str, seed: int) -> nn.Module
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA too, and leave it so
         return MODELS[name](*SIZES[size].pair(shape, DIM))
 
 
@@ -100,7 +100,7 @@ def classifier(images: data.Images, *, seed: int = 0) -> Classifier:
     path = data.data_root() / f"classifier-{images.name}-{seed}.pt"
     record = path.with_suffix(".json")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA too, and leave it so
         model = Classifier(images.shape, int(images.y_train.max()) + 1)
     epochs = max(4, 50_000 // len(images.x_train))
     train.fit(
