@@ -50,4 +50,4 @@ gpu: $(READY)  ## on a machine with CUDA: the tests, and every notebook at full 
 
 clean:  ## remove the built book and the caches (not .venv)
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis
-	find gae_core book notebooks tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
