@@ -43,7 +43,7 @@ def _small_pair(shape: Sequence[int], dim: int) -> tuple[nn.Module, nn.Module]:
 
 
 SIZES = {
-    "short": Size(_small_pair, 180),  # seconds on two cores: what the notebooks do
+    "short": Size(_small_pair, 120),  # seconds on two cores: what the notebooks do
     "medium": Size(nets.mlp_pair, 1200),  # minutes on two cores
     "full": Size(nets.conv_pair, 6000),  # for a GPU
 }

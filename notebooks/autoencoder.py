@@ -54,7 +54,7 @@ print(f"size: {SIZE}, device: {device}")
 # convolutional and train longer. The loss is the squared error, summed over pixels.
 
 # %%
-steps = {"short": 1400, "full": 14_000}[SIZE]  # of 128 images each
+steps = {"short": 940, "full": 14_000}[SIZE]  # of 128 images each
 epochs = max(1, round(steps * 128 / len(images.x_train)))
 
 

@@ -105,11 +105,12 @@ panels = {title: m.sample(36, generator=torch.Generator().manual_seed(SEED)).cpu
 figure = plots.image_panels({**panels, "real images": images.x_test[:36]}, columns=6, per_row=2, size=3)
 
 # %% [markdown]
-# ## Reconstructions do not suffer
+# ## What do the reconstructions cost?
 #
-# First row: held-out images. Below: what each model makes of them.
+# First row: held-out images. Below: what each model makes of them. The weight $\lambda = 1$ is small against squared errors
+# near 20 on MNIST. Against those of the small digits, near 1, it is large: there it costs much more.
 
-# %% mystnb={"figure": {"name": "fig-eae-reconstructions", "caption": "Held-out images and their reconstructions by the three models."}, "image": {"alt": "Four rows of twelve digits: held-out images on top, then reconstructions by the plain autoencoder, batch norm alone and the EAE, nearly the same in all three."}}
+# %% mystnb={"figure": {"name": "fig-eae-reconstructions", "caption": "Held-out images and their reconstructions by the three models."}, "image": {"alt": "Four rows of twelve digits: held-out images on top, then reconstructions by the plain autoencoder, batch norm alone and the EAE, in most columns alike in all three."}}
 rows = [images.x_test[:12], *(metrics.in_batches(m, images.x_test[:12]) for m in models.values())]
 figure, axes = plt.subplots(4, 1, figsize=(8, 3.2), layout="constrained")
 for ax, title, row in zip(axes, ["held-out image", *models], rows, strict=True):
@@ -133,8 +134,7 @@ for key in measured["EAE"]:
 frechet = {title: m["Fréchet, N(0, I)"] for title, m in measured.items()}
 print("batch norm alone is nearer to the data than plain:", frechet["batch norm alone"] < frechet["plain autoencoder"])
 print("it more than halves the distance:", frechet["batch norm alone"] < 0.5 * frechet["plain autoencoder"])
-correlation = {title: m["max correlation"] for title, m in measured.items()}
-print("the entropy removes correlations:", correlation["EAE"] < 0.5 * correlation["batch norm alone"])
+print("the EAE is nearer than batch norm alone:", frechet["EAE"] < frechet["batch norm alone"])
 
 # %% [markdown]
 # ## What batch norm gave, what entropy added
@@ -158,7 +158,10 @@ for title, (moments, shape) in split.items():
     print(f"{title:<18} moments {moments:8.2f} nats, shape {shape:5.2f} nats")
 # Of normal codes both parts are 0; moments by 0.05 or less, shape by 0.3, for these numbers of images.
 assert split["EAE"][0] < split["batch norm alone"][0] < split["plain autoencoder"][0]
-assert all(shape > 0 for _, shape in split.values())  # no training here makes the codes normal
+
+# %% tags=["nbval-check-output"]
+print("batch norm removes most of the moment part:", split["batch norm alone"][0] < 0.1 * split["plain autoencoder"][0])
+print("the entropy brings the codes nearer to N(0, I):", sum(split["EAE"]) < sum(split["batch norm alone"]))
 
 # %% mystnb={"figure": {"name": "fig-eae-parts", "caption": "Divergence of the codes from N(0, I) in nats, split into moments and shape. Logarithmic scale."}, "image": {"alt": "Bar chart on a logarithmic scale with two bars for each model. The moment part falls by orders of magnitude from the plain autoencoder to batch norm alone, and again to the EAE. The shape part is the same for the first two and smaller for the EAE."}}
 figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
@@ -233,7 +236,7 @@ assert 0.7 < difference / predicted < 1.4  # 21 batches of eight coordinates or 
 # ## What you have seen
 #
 # - Batch norm alone turns $N(0, I)$ into a usable source of codes, because it fixes mean and variance.
-# - The entropy removes the correlations that batch norm leaves.
+# - The entropy brings the codes nearer to $N(0, I)$ than batch norm alone can.
 # - Neither makes the codes normal: a mixture fitted afterwards still samples better.
 # - A mixture fitted to the codes of the *plain* autoencoder is a strong rival: compare its row in the table.
 #

@@ -1,7 +1,9 @@
 """The chapter on the entropic autoencoder: its equations, and the model."""
 
+import json
 import math
 import random
+from pathlib import Path
 
 import mpmath as mp
 import pytest
@@ -235,6 +237,32 @@ def test_codes_of_a_batch_differ_from_those_of_evaluation_by_the_stated_noise(na
     assert_z(difference, (1 + (kurtosis - 1) / 4) / size)
     with pytest.raises(AssertionError):
         assert_z(difference, (1 + (kurtosis + 2 - 1) / 4) / size)  # the wrong kurtosis is seen
+
+
+def test_the_chapters_reading_of_the_recorded_runs():
+    """The sentences below the table; each compares means of three seeds, four standard errors apart or more."""
+    root = Path(__file__).parents[1] / "book" / "results"
+    names = ("autoencoder", "batch_norm", "eae")
+    runs = {name: json.loads((root / name / "mnist-medium.json").read_text(encoding="utf-8")) for name in names}
+
+    def values(name, metric):
+        entry = runs[name]["metrics"][metric]
+        return entry["mean"], entry["standard error"]
+
+    def clearly_less(first, second, factor=1.0):
+        (a, error_a), (b, error_b) = values(*first), values(*second)
+        return a + 4 * math.hypot(error_a, factor * error_b) < factor * b
+
+    normal, gaussian, mixture = (f"Fréchet, {source}" for source in ("N(0, I)", "one Gaussian", "mixture of ten"))
+    assert clearly_less(("batch_norm", normal), ("autoencoder", normal), 1 / 5)
+    assert clearly_less(("eae", normal), ("batch_norm", normal))
+    assert values("eae", normal)[0] / values("batch_norm", normal)[0] == pytest.approx(2 / 3, abs=0.05)
+    assert not clearly_less(("eae", gaussian), ("eae", normal))
+    assert clearly_less(("batch_norm", gaussian), ("batch_norm", normal))
+    assert all(clearly_less((name, mixture), (name, normal)) for name in names)
+    assert all(clearly_less(("autoencoder", mixture), ("eae", source)) for source in (normal, gaussian, mixture))
+    assert clearly_less(("autoencoder", "squared error"), ("eae", "squared error"))
+    assert clearly_less(("eae", "max correlation"), ("batch_norm", "max correlation"))
 
 
 def model(lam=1.0, **options):
