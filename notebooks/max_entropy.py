@@ -25,14 +25,16 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 REPOSITORY = ""  # `make notebooks` writes repository.url of _config.yml here
 if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is None:
-    if not REPOSITORY:
-        raise RuntimeError(
-            "This copy names no repository: put the folder gae_core beside the notebook, then run again."
-        )
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+    if Path("gae_core.zip").exists():
+        sys.path.insert(0, "gae_core.zip")
+    elif REPOSITORY:
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+    else:
+        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
 
 # %%
 import itertools

@@ -1,6 +1,10 @@
 """The notebooks are what `make notebooks` would make of their text: paired, executed, readable anywhere."""
 
 import copy
+import shutil
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import jupytext
@@ -11,6 +15,7 @@ from make_notebooks import MAX_BYTES, SETUP, problems, repository_url, set_cell_
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 TOPICS = sorted(path.stem for path in FOLDER.glob("*.py"))
+REAL_RUN = subprocess.run
 
 
 def test_there_are_notebooks_and_each_has_both_halves():
@@ -153,3 +158,47 @@ def test_a_notebook_with_an_error_is_not_written(tmp_path):
     path.write_text(HEADER + SETUP.format(repository="") + "\n# %%\n1 / 0\n")
     assert "ZeroDivisionError" in make_notebooks.make(path, "short", "")[0]
     assert not path.with_suffix(".ipynb").exists()
+
+
+@pytest.fixture
+def colab(monkeypatch, tmp_path):
+    """The set-up cell as Colab would run it, where gae_core is not installed; returns (run, commands, folder)."""
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, **options: commands.append(command))
+    return lambda address: exec(SETUP.format(repository=address), {}), commands, tmp_path
+
+
+def test_set_up_takes_an_uploaded_package_before_any_other(colab):
+    run, commands, folder = colab
+    shutil.make_archive(str(folder / "gae_core"), "zip", FOLDER.parent, "gae_core")
+    run("https://example.org/book")
+    assert sys.path[0] == "gae_core.zip" and not commands
+    code = 'import sys; sys.path.insert(0, "gae_core.zip"); import gae_core.entropy as e; print(e.__file__)'
+    told = REAL_RUN([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert "gae_core.zip" in told
+
+
+def test_set_up_installs_from_the_projects_own_address_alone_and_nothing_else(colab):
+    run, commands, _ = colab
+    run("https://example.org/book")
+    (command,) = commands
+    assert "--no-deps" in command and command[-1] == "git+https://example.org/book"
+
+
+def test_set_up_without_an_address_says_what_to_do(colab):
+    run, commands, _ = colab
+    with pytest.raises(RuntimeError, match=r"upload gae_core\.zip"):
+        run("")
+    assert not commands
+
+
+def test_set_up_does_nothing_elsewhere(colab, monkeypatch):
+    run, commands, _ = colab
+    monkeypatch.delitem(sys.modules, "google.colab")
+    before = list(sys.path)
+    run("")
+    assert sys.path == before and not commands
