@@ -11,7 +11,7 @@ MATHEMATICS = ("gaussian", "entropy", "normalization", "sampling")
 FLOORS = [
     {*MATHEMATICS, "nets", "data"},
     {"models"},
-    {"train", "metrics", "plots"},
+    {"train", "metrics", "plots", "records"},
     {"experiments", "__main__"},
 ]
 FILES = sorted((ROOT / "gae_core").rglob("*.py"))
