@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import platform
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gae_core import data, metrics, nets, plots, records, sampling, train
+from gae_core import data, metrics, nets, plots, records, sampling, train, variational
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.classifier import Classifier
 from gae_core.models.eae import EAE
+from gae_core.models.vae import VAE
 from gae_core.records import RESULTS
 
 DIM = 8  # of the codes in all recorded runs
@@ -42,21 +44,23 @@ class Size:
         return max(1, round(1000 * self.images / n))
 
 
-def _small_pair(shape: Sequence[int], dim: int) -> tuple[nn.Module, nn.Module]:
-    return nets.mlp_pair(shape, dim, hidden=(256, 128))
-
-
 SIZES = {
-    "short": Size(_small_pair, 180),  # seconds on two cores: what the notebooks do
+    "short": Size(
+        functools.partial(nets.mlp_pair, hidden=(256, 128)), 180
+    ),  # seconds on two cores: what the notebooks do
     "medium": Size(nets.mlp_pair, 1200),  # minutes on two cores
     "full": Size(nets.conv_pair, 6000),  # for a GPU
 }
 
-# name -> what it is, and how it is made from the networks: pair(dim of the encoder's output) gives encoder and decoder
+# name -> what it is, and how it is made; pair(...) gives encoder and decoder, for images and codes of the run
 MODELS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
-    "autoencoder": ("squared error alone", lambda pair: Autoencoder(*pair, DIM)),
-    "batch_norm": ("autoencoder with batch norm of the code", lambda pair: EAE(*pair, DIM, lam=0.0)),
-    "eae": ("entropic autoencoder: batch norm and nearest-neighbour entropy", lambda pair: EAE(*pair, DIM, lam=1.0)),
+    "autoencoder": ("squared error alone", lambda pair: Autoencoder(*pair(), DIM)),
+    "batch_norm": ("autoencoder with batch norm of the code", lambda pair: EAE(*pair(), DIM, lam=0.0)),
+    "eae": ("entropic autoencoder: batch norm and nearest-neighbour entropy", lambda pair: EAE(*pair(), DIM, lam=1.0)),
+    "vae": (
+        "variational autoencoder, Bernoulli likelihood",
+        lambda pair: VAE(*pair(heads=2, output=nn.Identity), DIM, likelihood="bernoulli"),
+    ),
 }
 
 
@@ -72,7 +76,33 @@ def build(name: str, shape: Sequence[int], *, size: str, seed: int) -> nn.Module
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name][1](SIZES[size].pair(shape, DIM))
+        return MODELS[name][1](functools.partial(SIZES[size].pair, shape, DIM))
+
+
+def label(model: nn.Module, **about) -> None:
+    """Let the model's state, and with it every checkpoint, say what the model is: a buffer of JSON, as bytes."""
+    model.register_buffer("about", torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8))
+
+
+def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
+    """The model of a checkpoint whose model was given to :func:`label` with name, shape, size and seed.
+
+    Returns:
+        Model on the CPU, in evaluation mode, and what it says of itself.
+
+    Raises:
+        ValueError: if the file is no such checkpoint.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")["model"]
+        about = json.loads(bytes(state.pop("about").tolist()))
+    except OSError:
+        raise
+    except Exception as error:  # any of a dozen: what a file that is none contains is not known
+        raise ValueError(f"{path} is no checkpoint that `python -m gae_core train` wrote") from error
+    model = build(about["name"], about["shape"], size=about["size"], seed=about["seed"])
+    model.load_state_dict(state)
+    return model.eval(), about
 
 
 def fit(model: nn.Module, images: data.Images, *, size: str, seed: int, **options) -> train.History:
@@ -158,26 +188,46 @@ def sample_sources(model: nn.Module, images: data.Images, *, n: int, seed: int) 
 
 
 def measure(model: nn.Module, images: data.Images, *, seed: int, n: int = 10_000) -> dict[str, float]:
-    """The metrics of a trained model on held-out data: error, Fréchet distances, Gaussianity of the codes.
+    """The metrics of a trained model on held-out data: error, Fréchet distances, precision and recall, codes.
+
+    Codes of a variational model are drawn from q(z | x), one for each image. Its likelihood is that of the first 1,000
+    test images, binarised at random by their grey values; the importance samples are 200 for each.
 
     Args:
         model: trained, in evaluation mode.
         images: data.
         seed: of the samples.
-        n: images for the Fréchet distances, at most those of the test set.
+        n: images for the Fréchet distances, at most those of the test set; precision and recall take at most 2,000.
     """
+    generator = torch.Generator().manual_seed(seed)
     features = classifier(images).to(next(model.parameters()).device).features
     real = metrics.in_batches(features, images.x_test)
     sources = {"real images": images.x_train[:n], **sample_sources(model, images, n=min(n, len(real)), seed=seed)}
-    codes = metrics.gaussianity(metrics.in_batches(model.encode, images.x_test))
-    return {
+    seen = {name: metrics.in_batches(features, x) for name, x in sources.items()}
+    measured = {
         "squared error": float(metrics.squared_error(model, images.x_test).mean()),
-        **{
-            f"Fréchet, {name}": metrics.frechet_distance(metrics.in_batches(features, x), real)
-            for name, x in sources.items()
-        },
-        **{name.replace("_", " "): value for name, value in dataclasses.asdict(codes).items()},
+        **{f"Fréchet, {name}": metrics.frechet_distance(fake, real) for name, fake in seen.items()},
     }
+    for name in ("real images", "N(0, I)"):
+        found = metrics.precision_recall(real[:2000], seen[name][:2000])
+        measured |= {f"precision, {name}": found.precision, f"recall, {name}": found.recall}
+    codes = metrics.in_batches(model.encode, images.x_test)
+    if isinstance(model, VAE):
+        mu, logvar = metrics.in_batches(model.posterior, images.x_test)
+        codes = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator)
+        binary = torch.bernoulli(data.to_unit(images.x_test[:1000]), generator=generator)
+        nll = variational.importance_weighted_nll(model, binary, samples=200, generator=generator)
+        split = variational.encoder_information(mu, logvar, generator=generator)
+        measured |= {
+            "NLL of binarised images": float(nll.mean()),
+            "active units": float(variational.active_units(mu)),
+            "KL": split.kl,
+            "mutual information": split.mutual_information,
+            "cap of it, ln N": split.cap,
+            "KL of aggregate posterior": split.kl_aggregate,
+        }
+    gaussianity = dataclasses.asdict(metrics.gaussianity(codes))
+    return measured | {name.replace("_", " "): value for name, value in gaussianity.items()}
 
 
 def run(

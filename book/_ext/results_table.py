@@ -93,12 +93,14 @@ class ResultsAll(Parsing):
         for i, (title, group) in enumerate(groups.items()):
             stem = f"{group[0]['data']}-{group[0]['size']}"
             names = [record["model"] for record in group]
-            text += [f"```{{rubric}} {title[0].upper()}{title[1:]}\n```"]
+            text += [f"```{{rubric}} {title}\n```"]
             text += [f"```{{results-table}} {' '.join(names)}\n:record: {stem}\n{title}: all metrics.\n```"]
             plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-{i}.png"
             if draw(group, plot):
                 caption = "Mean over seeds with its standard error. The dashed line is what real images get."
-                alt = f"Fréchet distance by source of the codes, for {', '.join(names)}; the table above has the numbers."
+                alt = (
+                    f"Fréchet distance by source of the codes, for {', '.join(names)}; the table above has the numbers."
+                )
                 text.append(figure(plot, page, alt, f"{title}. {caption}"))
             text.append(cost(group))
             for name in names:
@@ -147,7 +149,7 @@ def draw(group: list[dict], path: Path) -> bool:
         ax.errorbar([m["mean"] for m in found], at, xerr=error, fmt="o", ms=4, capsize=3, label=label)
     if real in group[0]["metrics"]:
         ax.axvline(group[0]["metrics"][real]["mean"], color="grey", linestyle="--", linewidth=1)
-    ax.set(yticks=range(len(rows)), yticklabels=[row.removeprefix(start) for row in rows], xlim=(0, None))
+    ax.set(yticks=range(len(rows)), yticklabels=[row.removeprefix(start) for row in rows], xscale="log")
     ax.set_xlabel("Fréchet distance in the features of the classifier")
     ax.invert_yaxis()
     ax.legend(fontsize=8)

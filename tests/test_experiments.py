@@ -1,0 +1,245 @@
+"""Recorded runs: the same twice, resumable, never overwriting what is worth more; and the archives of `make gpu`."""
+
+import json
+import math
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from gae_core import data, experiments, metrics, records
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+import training  # noqa: E402
+
+REAL = data.data_root()
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A data folder that keeps the classifier of the digits for all tests of this file."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True)
+def tiny(kept, monkeypatch):
+    """Runs of two epochs, and nothing kept in the real data folder."""
+    monkeypatch.setenv("GAE_DATA", str(kept))
+    monkeypatch.setitem(experiments.SIZES, "short", experiments.Size(experiments.SIZES["short"].pair, 3))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def go(digits, out, name="eae", seeds=(0, 1), device="cpu"):
+    return experiments.run(name, images=digits, seeds=seeds, size="short", device=device, out=out)
+
+
+@pytest.mark.parametrize("name", experiments.MODELS)
+def test_a_seed_gives_the_same_metrics_to_the_last_digit(name, digits, tmp_path):
+    first, second = (records.check(go(digits, tmp_path / str(i), name, [3])) for i in range(2))
+    assert first["metrics"] == second["metrics"]
+    assert all(math.isfinite(m["mean"]) and m["standard error"] is None for m in first["metrics"].values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_record_has_what_is_needed_to_do_it_again(device, digits, tmp_path):
+    path = go(digits, tmp_path, device=device)
+    assert path == tmp_path / "eae" / "digits-short.json"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["digits-short.json", "digits-short.png"]
+    record = records.check(path)
+    assert record["command"] == "python -m gae_core run eae --data digits --size short --seeds 0,1"
+    assert (record["seeds"], record["epochs"], record["batch_size"]) == ([0, 1], 2, 128)
+    assert record["wall seconds"] > record["training seconds"] > 0 < record["samples a second"]
+    assert record["peak memory, MiB"] > 0
+    assert record["peak memory of"].startswith("the process" if device == "cpu" else "tensors")
+    assert record["classifier"]["accuracy"] > 0.95
+    error = record["metrics"]["squared error"]
+    a, b = error["by seed"]
+    assert a != b
+    assert error["mean"] == pytest.approx((a + b) / 2)
+    assert error["standard error"] == pytest.approx(abs(a - b) / 2)  # of two values: |a - b| / sqrt(2) / sqrt(2)
+    assert (record["device"] == "CPU") == (device == "cpu")
+
+
+def test_a_killed_run_goes_on_with_the_next_seed(digits, tmp_path, monkeypatch):
+    whole = records.check(go(digits, tmp_path / "whole"))
+    real, seeds = experiments.fit, []
+
+    def fit(model, images, *, seed, **options):
+        seeds.append(seed)
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return real(model, images, seed=seed, **options)
+
+    monkeypatch.setattr(experiments, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        go(digits, tmp_path)
+    assert not (tmp_path / "eae" / "digits-short.json").exists()
+    path = go(digits, tmp_path)
+    assert seeds == [0, 1, 1], "the finished seed is not trained again"
+    assert records.check(path)["metrics"] == whole["metrics"]
+    assert go(digits, tmp_path, seeds=[1]) == path and len(seeds) == 3, "what is there is not made again"
+    monkeypatch.setattr(experiments, "_code", lambda: "other code")
+    go(digits, tmp_path, seeds=[1])
+    assert seeds[3:] == [1], "other code makes other records"
+
+
+def test_a_cpu_does_not_overwrite_a_gpu(digits, tmp_path, monkeypatch):
+    path = tmp_path / "eae" / "digits-short.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"device": "NVIDIA H200"}))
+    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    with pytest.raises(FileExistsError, match="record of a GPU"):
+        go(digits, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_training(digits, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    with pytest.raises(OSError, match="cannot write into"):
+        go(digits, tmp_path / "file")
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_must_be_different_and_some(seeds, digits, tmp_path):
+    with pytest.raises(ValueError, match="seeds must be"):
+        go(digits, tmp_path, seeds=seeds)
+
+
+def test_a_checkpoint_says_which_model_it_is(tmp_path):
+    model = experiments.build("batch_norm", (1, 8, 8), size="short", seed=5).eval()
+    about = {"name": "batch_norm", "data": "digits", "shape": [1, 8, 8], "size": "short", "seed": 0}
+    experiments.label(model, **about)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pt")
+    loaded, found = experiments.load_checkpoint(tmp_path / "x.pt")
+    assert found == about
+    x = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_the_classifier_is_kept_and_reproducible(digits, kept, tmp_path, monkeypatch):
+    first = experiments.classifier(digits)
+    monkeypatch.setenv("GAE_DATA", str(tmp_path))
+    again = experiments.classifier(digits)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    told = json.loads((kept / "classifier-digits-0.json").read_text())["accuracy"]
+    right = metrics.in_batches(first, digits.x_test).argmax(1) == digits.y_test
+    assert told == right.double().mean().item()
+
+
+def test_the_classifier_of_mnist_is_at_least_99_per_cent_right(monkeypatch):
+    for path in records.RESULTS.glob("*/mnist-*.json"):
+        assert records.read(path).get("classifier", {}).get("accuracy", 1) >= 0.99, path
+    monkeypatch.setenv("GAE_DATA", str(REAL))
+    if not (REAL / "classifier-mnist-0.json").exists():
+        pytest.skip("no classifier of MNIST is trained yet: `python -m gae_core run` trains it when first needed")
+    images = data.load("mnist")
+    right = metrics.in_batches(experiments.classifier(images), images.x_test).argmax(1) == images.y_test
+    assert right.double().mean() >= 0.99
+
+
+def record(path, device="CPU", **changes):
+    """Write a small record of two seeds."""
+    whole = dict.fromkeys(records.KEYS, 0) | {"model": path.parent.name, "device": device, "seeds": [0, 1]}
+    whole |= dict(zip(("data", "size"), path.stem.split("-"), strict=True))
+    whole |= {"command": "run it", "metrics": {"error": records.summary([1.0, 3.0])}} | changes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"),
+    [
+        (records.summary([1.0, 3.0]), "2.0 ± 1.0"),
+        (records.summary([1234.5]), "1,234"),
+        (records.summary([0.012345]), "0.0123"),
+        (records.summary([5.0, 5.0]), "5.00 ± 0.00"),
+        (None, "–"),
+    ],
+)
+def test_cells_are_rounded_to_two_digits_of_the_error(metric, shown):
+    assert records.cell(metric) == shown
+
+
+def test_tables_stand_side_by_side_only_where_they_may(tmp_path):
+    record(tmp_path / "a" / "mnist-full.json")
+    record(tmp_path / "b" / "mnist-full.json", metrics={"other": records.summary([1.0, 1.0])})
+    record(tmp_path / "c" / "mnist-full.json", device="NVIDIA H200")
+    (tmp_path / "a" / "mnist-short.part.json").write_text("{}")
+    both, alone = records.groups(tmp_path, ["b"]).values()
+    assert [r["model"] for r in both] == ["b", "a"] and [r["model"] for r in alone] == ["c"]
+    assert "| error | – | 2.0 ± 1.0 |" in records.table(both)
+    with pytest.raises(ValueError, match="rows must be"):
+        records.table(both, ["eror"])
+    with pytest.raises(ValueError, match="differ"):
+        records.origin(both + alone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"metrics": {"error": records.summary([1.0, 3.0]) | {"mean": 2.5}}}, "does not follow"),
+        ({"metrics": {"error": records.summary([1.0])}}, "does not follow"),
+        ({"model": "b"}, "is the record of b/mnist-full"),
+    ],
+)
+def test_a_record_that_is_not_whole_is_refused(changes, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        records.check(record(tmp_path / "a" / "mnist-full.json", **changes))
+
+
+def archive(folder, name, path):
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / name, "w:gz") as file:
+        file.add(path, f"results/{path.parent.name}/{path.name}")
+
+
+def test_archives_are_taken_into_the_book(tmp_path, capsys):
+    book, made = tmp_path / "book", tmp_path / "made"
+    record(book / "a" / "mnist-full.json", device="NVIDIA H200")
+    archive(tmp_path / "from", "gpu-1.tar.gz", record(made / "a" / "mnist-full.json"))
+    archive(tmp_path / "from", "gpu-2.tar.gz", record(made / "b" / "mnist-full.json", device="NVIDIA H200"))
+    assert gpu.take(tmp_path / "from", book) == [book / "b" / "mnist-full.json"]
+    assert "left out" in capsys.readouterr().out
+    assert records.check(book / "a" / "mnist-full.json")["device"] == "NVIDIA H200"
+    archive(tmp_path / "bad", "gpu.tar.gz", record(made / "c" / "mnist-full.json", model="d"))
+    with pytest.raises(ValueError, match="is the record of d"):
+        gpu.take(tmp_path / "bad", book)
+
+
+def test_a_part_leaves_one_archive_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    from gae_core.__main__ import main
+
+    calls = []
+    monkeypatch.setattr(gpu, "call", lambda *a: calls.append(main(list(a[2:]))))  # in this process: the tiny size
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--data", "digits", "--size", "short", "--seeds", "0"]
+    for _ in range(2):
+        assert gpu.main([*arguments, "--part", "2"]) == 0
+    assert calls == [0, 0]
+    taken = gpu.take(tmp_path / "gpu-2.tar.gz", tmp_path / "book")
+    assert [p.name for p in taken] == ["digits-short.json"] and taken[0].with_suffix(".png").exists()
+    assert gpu.main([*arguments, "--part", "99"]) == 1
+    assert "part must be 1 to" in capsys.readouterr().err
+
+
+def test_the_benchmark_measures_and_places_its_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(training.ROWS["cpu"], "MLP", 300)
+    lines = training.measure("MLP", torch.device("cpu"), rounds=1)
+    assert [line.split(" | ")[1] for line in lines][:2] == ["fit", "bare loop"]
+    (tmp_path / "benchmarks").mkdir()
+    readme = tmp_path / "benchmarks" / "README.md"
+    readme.write_text((ROOT / "benchmarks" / "README.md").read_text())
+    monkeypatch.setattr(training, "ROOT", tmp_path)
+    for text in ("CPU, old\n", "CPU, new\n", "NVIDIA\n"):
+        training.place(text)
+    assert "new\n" in readme.read_text() and "old" not in readme.read_text() and "NVIDIA\n" in readme.read_text()
