@@ -18,11 +18,17 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def start(device: torch.device) -> None:
-    """Join the processes that ``torchrun`` started, if it did (gloo on the CPU, else nccl), and wait for all."""
+    """Join the processes that ``torchrun`` started, if it did (gloo on the CPU, else nccl), and wait for all.
+
+    With nccl each process takes the CUDA device of its local rank.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device.type == "cuda" and device.index is None:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     if rank_and_size()[1] > 1:
         dist.barrier()
 
@@ -58,7 +64,7 @@ class _Gather(torch.autograd.Function):
 def randn_like(x: Tensor, *, generator: Generator | None = None) -> Tensor:
     """Standard normal noise of the shape of ``x`` (n, ...): this process's rows of one draw for the whole batch.
 
-    The processes' generators are in the same state and stay so.
+    The processes' generators must be in the same state, and stay so.
     """
     shape = (len(x) * rank_and_size()[1], *x.shape[1:])
     return own(torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype))

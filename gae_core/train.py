@@ -51,9 +51,10 @@ def fit(
     round), and a ``loss`` that takes ``player=name``. The players take turns in that order, each with its own Adam,
     each step on a new batch; a step changes the parameters of its player alone.
 
-    Started with ``torchrun``, the processes share every batch: see :mod:`gae_core.parallel`. Gradients are averaged,
-    and the batch norm and the entropy of the code are those of the whole batch; other batch norms see the rows of
-    their process. The first process alone writes checkpoints (to a folder that all see), shows progress and calls back.
+    Started with ``torchrun``, the processes share every batch and average their gradients: see
+    :mod:`gae_core.parallel`, by which a model draws its noise, lest all processes draw the same. The batch norm and the
+    entropy of the code are those of the whole batch; other batch norms see the rows of their process. The first process
+    alone writes checkpoints (to a folder that all see), shows progress and calls back.
 
     Args:
         model: has ``loss(x, y, generator=...)``, which returns a dataclass with ``total`` and other terms,
@@ -71,7 +72,7 @@ def fit(
             matrices are large; "auto" is "bf16" on CUDA devices that have it. In bf16 a code keeps 8 bits of
             mantissa: in few dimensions codes coincide, and the nearest-neighbour entropy refuses those.
         compile: True compiles the loss with ``torch.compile``, for tens of seconds at the first step (of each player).
-            "reduce-overhead" captures CUDA graphs as well: the same kernels without the time to launch each.
+            "reduce-overhead" captures CUDA graphs as well: kernels without the time to launch each.
         seed: of the order of the data and of the generator given to the loss.
         checkpoint: file that receives the state of the training after each epoch, written beside it and then renamed.
         checkpoint_every: steps between further checkpoints within an epoch.
@@ -156,18 +157,16 @@ def fit(
                 parallel.average_([*gradients, values])
             norm = nn.utils.get_total_norm(gradients)
             # All that must be finite comes to the host in one transfer, for which a step waits for the device once.
-            *values, norm_value = torch.cat([values, norm[None]]).tolist()
-            terms = {f"{player} {name}".strip(): value for name, value in zip(means, values, strict=True)}
-            if not all(map(math.isfinite, (*values, norm_value))):
-                bad = [f"{name!r} is {v}" for name, v in (terms | {"gradient norm": norm_value}).items() if v - v != 0]
-                raise FloatingPointError(
-                    f"{', '.join(bad)} at epoch {epoch + 1}, step {step}, on the batch of rows {batch.tolist()}"
-                )
+            names = [f"{player} {name}".strip() for name in (*means, "gradient norm")]
+            found = dict(zip(names, torch.cat([values, norm[None]]).tolist(), strict=True))
+            if not all(map(math.isfinite, found.values())):
+                bad = ", ".join(f"{name!r} is {value}" for name, value in found.items() if not math.isfinite(value))
+                raise FloatingPointError(f"{bad} at epoch {epoch + 1}, step {step}, on rows {batch.tolist()} of x")
             if clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters[player], clip, norm)
             optimizer.step()
-            for name, value in terms.items():
-                history.setdefault(name, []).append(value)
+            for name in names[:-1]:
+                history.setdefault(name, []).append(found[name])
             last = step + 1 == steps
             if checkpoint is not None and rank == 0 and (last or (step + 1) % (checkpoint_every or steps) == 0):
                 here = order.get_state() if last else order_before  # the next order, or this one again

@@ -76,9 +76,14 @@ def work(folder):
         history = fit(model, x[:n], y[:n], epochs=epochs, **OPTIONS, **more)
         results[name] = state(model) | history
 
-    path, called = folder / "state.pt", []
-    options = dict(checkpoint=path, callback=lambda model, epoch: called.append(epoch), **OPTIONS)
-    fit(eae(), x, epochs=2, schedule=None, checkpoint_every=1, **options)
+    called = []
+
+    def callback(model, epoch):
+        called.append(epoch)
+        model.loss(x[:9])  # in evaluation: one that waited for the other process would wait for ever
+
+    options = dict(checkpoint=folder / "state.pt", callback=callback, **OPTIONS)
+    fit(eae(), x, epochs=2, checkpoint_every=1, **options)
     model = eae(seed=7)
     history = fit(model, x, epochs=4, resume=True, **options)
     results["resumed"], results["called"] = state(model) | history, called
@@ -158,7 +163,7 @@ def test_all_resume_and_the_first_alone_calls_back(results):
 
 def test_all_stop_at_a_nan_of_one(results):
     for found in results:
-        assert found["NaN"].startswith("'eps' is nan at epoch 2, step 0, on the batch of rows [")
+        assert found["NaN"].startswith("'eps' is nan at epoch 2, step 0, on rows [")
         assert found["NaN"] == results[0]["NaN"]
         torch.testing.assert_close(found["weights at the NaN"]["weight"], results[0]["weights at the NaN"]["weight"])
 
