@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -141,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.take:
             print(*take(options.take), sep="\n")
             return 0
+        if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch sees no CUDA device here; --device cpu tries the parts without one")
         todo = list(parts(options).items())
         if options.part is not None and not 1 <= options.part <= len(todo):
             raise ValueError(f"part must be 1 to {len(todo)}: {', '.join(name for name, _ in todo)}")

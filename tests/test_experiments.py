@@ -240,6 +240,7 @@ def test_the_benchmark_measures_and_places_its_table(tmp_path, monkeypatch):
     readme = tmp_path / "benchmarks" / "README.md"
     readme.write_text((ROOT / "benchmarks" / "README.md").read_text())
     monkeypatch.setattr(training, "ROOT", tmp_path)
-    for text in ("CPU, old\n", "CPU, new\n", "NVIDIA\n"):
+    for text in ("CPU, before\n", "CPU, after\n", "NVIDIA\n"):
         training.place(text)
-    assert "new\n" in readme.read_text() and "old" not in readme.read_text() and "NVIDIA\n" in readme.read_text()
+    found = readme.read_text()
+    assert "CPU, after\n" in found and "CPU, before" not in found and "NVIDIA\n" in found
