@@ -170,7 +170,7 @@ def mode_count(labels: Tensor, reference: Tensor) -> ModeCount:
     if p.ndim != 1 or not torch.isfinite(p).all() or (p < 0).any() or not p.sum() > 0:
         raise ValueError(f"reference must be finite frequencies of shape (K,), none negative, got {reference}")
     p = p / p.sum()
-    labels, n = labels.cpu(), len(labels)
+    labels, n = labels.cpu().long(), len(labels)
     if labels.min() < 0 or labels.max() >= len(p) or (p[labels] == 0).any():
         raise ValueError(f"labels must be classes that the reference has, got {labels.unique().tolist()}")
     q = torch.bincount(labels, minlength=len(p)).double() / n

@@ -12,7 +12,7 @@ from gae_core.gaussian import kl_to_standard_normal
 
 @torch.no_grad()
 def importance_weighted_nll(
-    model: nn.Module, x: Tensor, *, samples: int = 500, chunk_size: int = 10_000, generator: Generator | None = None
+    model: nn.Module, x: Tensor, *, samples: int = 500, chunk_size: int = 5000, generator: Generator | None = None
 ) -> Tensor:
     r"""Estimate -log p(x) of each x from importance-weighted samples of the encoder (Burda et al., ICLR 2016).
 
@@ -34,10 +34,13 @@ def importance_weighted_nll(
         Estimates in nats, (n,), float64, on the device of ``x``. Their mean is the figure of the literature.
 
     Raises:
-        ValueError: if ``samples`` or ``chunk_size`` is below 1, or a weight is NaN or infinite.
+        ValueError: if there is no x, ``samples`` or ``chunk_size`` is below 1, or an estimate is not finite.
     """
-    if samples < 1 or chunk_size < 1:
-        raise ValueError(f"samples and chunk_size must be at least 1, got {samples} and {chunk_size}")
+    if min(len(x), samples, chunk_size) < 1:
+        raise ValueError(
+            f"x must have rows, samples and chunk_size must be at least 1, "
+            f"got {len(x)} rows, samples={samples}, chunk_size={chunk_size}"
+        )
     parameter = next(model.parameters())
     source = parameter.device if generator is None else generator.device
     result = []
@@ -51,7 +54,7 @@ def importance_weighted_nll(
         result.append((math.log(samples) - total).to(x.device))
     nll = torch.cat(result)
     if not torch.isfinite(nll).all():
-        raise ValueError(f"model must give finite weights, got none for {int((~torch.isfinite(nll)).sum())} rows of x")
+        raise ValueError(f"model must give finite weights, it does not for {int((~nll.isfinite()).sum())} rows of x")
     return nll
 
 

@@ -203,7 +203,7 @@ def test_dropped_modes_cost_the_logarithm_of_the_share_that_is_left(kept):
 def test_modes_are_compared_with_the_frequencies_of_the_data():
     reference = torch.tensor([30, 0, 10])  # counts; a class that the data have not does not count as one
     assert mode_count(torch.tensor([0, 0, 0, 2]), reference) == ModeCount(modes=2, kl=0.0, floor=1 / 8)
-    kl = mode_count(torch.tensor([0, 2]), reference).kl
+    kl = mode_count(torch.tensor([0, 2], dtype=torch.uint8), reference).kl
     assert kl == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
 
 

@@ -145,10 +145,12 @@ def test_bernoulli_likelihood_agrees_with_quadrature_over_the_code(samples):
 def test_importance_weighted_nll_rejects_numbers_below_one(name):
     with pytest.raises(ValueError, match=f"{name}.* must be at least 1"):
         importance_weighted_nll(linear_gaussian()[0], torch.zeros(2, PIXELS), **{name: 0})
+    with pytest.raises(ValueError, match="x must have rows"):
+        importance_weighted_nll(linear_gaussian()[0], torch.zeros(0, PIXELS))
 
 
 def test_a_weight_that_is_not_finite_is_an_error():
-    with pytest.raises(ValueError, match="model must give finite weights, got none for 1 rows"):
+    with pytest.raises(ValueError, match="model must give finite weights, it does not for 1 rows"):
         importance_weighted_nll(linear_gaussian()[0], torch.tensor([[0.0] * PIXELS, [math.nan] * PIXELS]))
 
 
