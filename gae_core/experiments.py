@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -45,9 +44,7 @@ class Size:
 
 
 SIZES = {
-    "short": Size(
-        functools.partial(nets.mlp_pair, hidden=(256, 128)), 180
-    ),  # seconds on two cores: what the notebooks do
+    "short": Size(functools.partial(nets.mlp_pair, hidden=(256, 128)), 180),  # seconds on two cores, as in notebooks
     "medium": Size(nets.mlp_pair, 1200),  # minutes on two cores
     "full": Size(nets.conv_pair, 6000),  # for a GPU
 }
@@ -223,7 +220,7 @@ def measure(model: nn.Module, images: data.Images, *, seed: int, n: int = 10_000
             "active units": float(variational.active_units(mu)),
             "KL": split.kl,
             "mutual information": split.mutual_information,
-            "cap of it, ln N": split.cap,
+            "cap of mutual information": split.cap,
             "KL of aggregate posterior": split.kl_aggregate,
         }
     gaussianity = dataclasses.asdict(metrics.gaussianity(codes))
@@ -345,6 +342,8 @@ def _peak_memory(device: torch.device) -> float:
     """MiB: of torch's tensors on a CUDA device since the last reset, else of the whole process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
