@@ -144,11 +144,12 @@ def origin(records: Sequence[dict]) -> str:
     if any(r[key] != first[key] for r in records for key in alike):
         raise ValueError(f"the records differ in one of {', '.join(alike)}: not one table")
     seconds = sum(r["training seconds"] for r in records)
+    took = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     commands = ", ".join(f"`{r['command']}`" for r in records)
     judge = first.get("classifier")
     return (
         f"Device: {first['device']}. Data: {first['data']}. Epochs: {first['epochs']}. "
-        f"Seeds: {', '.join(map(str, first['seeds']))}. Training in all: {seconds / 60:.0f} minutes. "
+        f"Seeds: {', '.join(map(str, first['seeds']))}. Training in all: {took}. "
         + (f"The classifier of the features is right on {judge['accuracy']:.2%} of the test images. " if judge else "")
         + f"torch {first['torch']}, {first['date']}. Made by {commands}."
     )
