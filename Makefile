@@ -8,9 +8,14 @@ NOTEBOOK ?=
 PORT ?= 8000
 # A thread that waits for another sleeps: on a busy machine spinning makes small networks ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# For `make gpu`: another interpreter that has torch with CUDA, one part alone, and where its archive goes.
+PYTHON_GPU ?=
+PART ?=
+OUT ?= _build/gpu
+FROM ?= $(OUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test notebooks serve bench gpu clean
+.PHONY: help book test notebooks serve bench gpu records clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -30,6 +35,7 @@ book: $(READY)  ## build the book and print the page to open
 	@echo "Open $(CURDIR)/$(PAGE)"
 
 test: book  ## check the mathematics, the code and the pages, then run every notebook (short)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	$(BIN)/python -m pytest
 	GAE_SIZE=short $(BIN)/python -m pytest --nbval-lax -W ignore notebooks/*.ipynb
 
@@ -39,14 +45,14 @@ notebooks: $(READY)  ## run notebooks/*.py and write them with their outputs; NO
 serve: book  ## show the book at http://localhost:8000; PORT=8080 for another port
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-bench: $(READY)  ## run every script of benchmarks/
-	@for script in benchmarks/*.py; do test -e "$$script" || { echo "benchmarks/ holds no script"; exit 1; }; \
-	  echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(READY)  ## measure the speed of training (against pythae: pip install -e .[benchmarks])
+	$(BIN)/python benchmarks/training.py
 
-gpu: $(READY)  ## on a machine with CUDA: the tests, and every notebook at full size as a script
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no CUDA device here")'
-	$(BIN)/python -m pytest -m "not pages"
-	@for script in notebooks/*.py; do echo "$$script"; GAE_SIZE=full MPLBACKEND=agg $(BIN)/python "$$script" || exit 1; done
+gpu: $(if $(PYTHON_GPU),,$(READY))  ## on a machine with CUDA: tests, runs, benchmark; PART=2 for one, OUT=folder
+	$(or $(PYTHON_GPU),$(BIN)/python) benchmarks/gpu.py --out $(OUT) $(if $(PART),--part $(PART))
+
+records: $(READY)  ## take the archives that `make gpu` left into the book: FROM=folder
+	$(BIN)/python benchmarks/gpu.py --take $(FROM)
 
 clean:  ## remove the built book and the caches (not .venv)
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis

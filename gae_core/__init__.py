@@ -2,7 +2,7 @@
 
 Floors, each importing only from the ones above it in this list:
 ``gaussian``, ``entropy``, ``normalization``, ``sampling``, ``nets``, ``data``; then ``models``;
-then ``train``, ``metrics``, ``plots``; then ``experiments``.
+then ``train``, ``metrics``, ``variational``, ``plots``; then ``experiments``.
 """
 
 __version__ = "0.1.0"

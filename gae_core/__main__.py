@@ -1,47 +1,167 @@
-"""Command line: ``python -m gae_core data mnist`` fetches a data set, ``run`` trains, measures and records."""
+"""Command line: ``python -m gae_core`` trains and samples models, fetches data, makes recorded runs and shows them."""
 
 import argparse
+import difflib
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from gae_core import data, experiments
+import torch
+
+from gae_core import data, experiments, plots, records, train
+
+DATA = {
+    "digits": "1,797 images of 8×8, inside scikit-learn",
+    "mnist": "70,000 digits of 28×28",
+    "fashion_mnist": "70,000 garments of 28×28",
+}
+
+
+def _one_of(kind: str, names: Iterable[str]) -> Callable[[str], str]:
+    """The type of an argument that must be one of some names; an unknown one is answered with the nearest."""
+    names = list(names)
+
+    def check(text: str) -> str:
+        if text not in names:
+            near = "".join(f"; do you mean {name}?" for name in difflib.get_close_matches(text, names, 1, 0.5))
+            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}{near} There are: {', '.join(names)}")
+        return text
+
+    return check
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"must be different whole numbers like 0,1,2, got {text!r}")
+    return seeds
+
+
+def _device(text: str) -> str:
+    try:
+        device = train.pick_device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices here, got {text!r}")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gae_core", description=__doc__.split(": ", 1)[1])
+    commands = parser.add_subparsers(dest="command", required=True)
+    model, images = _one_of("model", experiments.MODELS), _one_of("data set", DATA)
+
+    commands.add_parser("list", help="models, data sets and sizes")
+
+    command = commands.add_parser("train", help="train one model and keep a checkpoint")
+    command.add_argument("name", type=model)
+    command.add_argument("--checkpoint", type=Path, help="default NAME.pt")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    command.add_argument("--seed", type=int, default=0)
+
+    run = commands.add_parser("run", help="train, measure, and write book/results/NAME/DATA-SIZE.json")
+    run.add_argument("name", type=_one_of("model", [*experiments.MODELS, "all"]))
+    run.add_argument("--seeds", type=_seeds, default="0,1,2")
+    run.add_argument("--out", type=Path, default=records.RESULTS)
+    for c in (command, run):
+        c.add_argument("--data", type=images, default="mnist")
+        c.add_argument("--size", type=_one_of("size", experiments.SIZES), default="full")
+        c.add_argument("--device", type=_device, default="auto")
+
+    command = commands.add_parser("data", help="fetch a data set into $GAE_DATA (default data/) and check it")
+    command.add_argument("name", type=images)
+
+    command = commands.add_parser("sample", help="draw samples of a checkpoint into a PNG")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("-n", type=int, default=64)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", type=Path, help="default: the checkpoint's name with .png")
+
+    command = commands.add_parser("report", help="the tables of all records, in Markdown")
+    command.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the records")
+    return parser
+
+
+def _list(options: argparse.Namespace) -> None:
+    models = {name: about for name, (about, _) in experiments.MODELS.items()}
+    sizes = {name: f"{size.images:,},000 images seen in training" for name, size in experiments.SIZES.items()}
+    for title, lines in {"Models": models, "Data sets": DATA, "Sizes": sizes}.items():
+        print(title, *(f"  {name:<14}{about}" for name, about in lines.items()), sep="\n")
+
+
+def _train(options: argparse.Namespace) -> None:
+    images = data.load(options.data)
+    path = options.checkpoint or Path(f"{options.name}.pt")
+    about = {"name": options.name, "data": images.name, "shape": list(images.shape), "size": options.size}
+    about["seed"] = options.seed
+    if path.exists() and not options.resume:
+        raise FileExistsError(f"{path} exists: --resume goes on from it, --checkpoint names another")
+    if path.exists() and (found := experiments.load_checkpoint(path)[1]) != about:
+        raise ValueError(f"{path} is of another training: it has {found}, this one is {about}")
+    records.writable(path.parent)
+    model = experiments.build(options.name, images.shape, size=options.size, seed=options.seed)
+    experiments.label(model, **about)
+    how = {"device": options.device, "checkpoint": path, "resume": options.resume}
+    history = experiments.fit(model, images, size=options.size, seed=options.seed, **how)
+    last = {name: values[-100:].mean().item() for name, values in history.items()}
+    print(f"{path}: mean of the last steps: {', '.join(f'{name} {value:.3f}' for name, value in last.items())}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    images = data.load(options.data)
+    how = {"seeds": options.seeds, "size": options.size, "device": options.device, "out": options.out}
+    for name in experiments.MODELS if options.name == "all" else [options.name]:
+        print(experiments.run(name, images=images, **how), flush=True)
+
+
+def _data(options: argparse.Namespace) -> None:
+    images = data.load(options.name, download=True)
+    classes = len(images.y_train.unique())
+    if (len(images.x_train), len(images.x_test)) != (len(images.y_train), len(images.y_test)) or classes != 10:
+        raise ValueError(f"{images.name} is not whole: remove it from {data.data_root()} and fetch it again")
+    where = "scikit-learn" if options.name == "digits" else data.data_root().resolve()
+    size = "×".join(map(str, images.shape[1:]))
+    print(
+        f"{images.name}: {len(images.x_train):,} training and {len(images.x_test):,} test images of {size} "
+        f"in {classes} classes, in {where}"
+    )
+
+
+def _sample(options: argparse.Namespace) -> None:
+    model, about = experiments.load_checkpoint(options.checkpoint)
+    if options.n < 1:
+        raise ValueError(f"-n must be at least 1, got {options.n}")
+    out = options.out or options.checkpoint.with_suffix(".png")
+    records.writable(out.parent)
+    samples = model.sample(options.n, generator=torch.Generator().manual_seed(options.seed))
+    columns = max(c for c in range(1, 17) if options.n % c == 0)
+    figure = plots.image_panels({f"{about['name']}, {about['data']}": samples}, columns=columns, size=5)
+    figure.savefig(out, dpi=150)
+    print(out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    groups = records.groups(options.out, list(experiments.MODELS))
+    if not groups:
+        raise FileNotFoundError(f"there is no record in {options.out}: `python -m gae_core run all` makes them")
+    print("\n\n".join(f"## {title}\n\n{records.table(g)}\n\n{records.origin(g)}" for title, g in groups.items()))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gae_core", description="Data and recorded runs of the book.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    names = ["digits", "mnist", "fashion_mnist"]
-
-    fetch = commands.add_parser("data", help="fetch a data set into $GAE_DATA (default data/) and check it")
-    fetch.add_argument("name", choices=names)
-
-    run = commands.add_parser("run", help="train a model, measure it, and write book/results/NAME/DATA-SIZE.json")
-    run.add_argument("name", choices=list(experiments.MODELS))
-    run.add_argument("--data", choices=names, default="mnist")
-    run.add_argument("--size", choices=list(experiments.SIZES), default="full")
-    run.add_argument("--seeds", default="0,1,2", help="comma-separated whole numbers")
-    run.add_argument("--device", default="auto")
-    run.add_argument("--out", type=Path, default=experiments.RESULTS)
-
-    options = parser.parse_args(arguments)
+    """Run a command; returns the exit status: 0, or 1 for what failed. Wrong usage exits with 2."""
+    options = _parser().parse_args(arguments)
+    commands = {"list": _list, "train": _train, "run": _run, "data": _data, "sample": _sample, "report": _report}
     try:
-        if options.command == "data":
-            images = data.load(options.name, download=True)
-            print(f"{images.name}: {len(images.x_train):,} training and {len(images.x_test):,} test images")
-        else:
-            path = experiments.run(
-                options.name,
-                images=data.load(options.data),
-                seeds=[int(seed) for seed in options.seeds.split(",")],
-                size=options.size,
-                device=options.device,
-                out=options.out,
-            )
-            print(path)
-    except (ValueError, OSError) as error:
+        commands[options.command](options)
+    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

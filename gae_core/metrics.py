@@ -1,7 +1,10 @@
-"""Measures of reconstructions, samples and codes. Each says what a perfect model would get."""
+"""Measures of reconstructions, samples and codes. Each says what a perfect model would get.
+
+Those of likelihoods and of an encoder's distribution are in ``variational``.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,29 +14,44 @@ from gae_core.data import to_unit
 
 
 @torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int = 1000) -> Tensor:
+def in_batches(
+    function: Callable[[Tensor], Tensor | tuple[Tensor, ...]], x: Tensor, *, batch_size: int = 1000
+) -> Tensor | tuple[Tensor, ...]:
     """Apply a function or module to x by batches, without gradient; bytes become floats in [0, 1].
 
     A module is put where its parameters are, in the mode that it is in: call ``.eval()`` first for a model with
     batch norm.
 
     Args:
-        function: maps (batch, ...) to (batch, ...).
+        function: maps (batch, ...) to (batch, ...), or to a tuple of such, as ``model.posterior`` does.
         x: inputs, (n, ...), on any device.
         batch_size: rows at a time.
 
     Returns:
-        Results, (n, ...), on the device of ``x``.
+        Results, (n, ...), on the device of ``x``; a tuple of them if ``function`` gives tuples.
     """
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
     device = x.device if parameter is None else parameter.device
-    return torch.cat([function(to_unit(batch.to(device))).to(x.device) for batch in x.split(batch_size)])
+    results = [function(to_unit(batch.to(device))) for batch in x.split(batch_size)]
+    if isinstance(results[0], tuple):
+        return tuple(torch.cat(parts).to(x.device) for parts in zip(*results, strict=True))
+    return torch.cat(results).to(x.device)
 
 
 def squared_error(model: nn.Module, x: Tensor) -> Tensor:
     r"""Reconstruction error :math:`\|x - D(E(x))\|^2`, summed over the entries of x, one value per sample (n,)."""
     return (to_unit(x) - in_batches(model, x)).square().flatten(1).sum(1)
+
+
+def _check_features(name: str, value: Tensor, *, like: Tensor, least: int) -> None:
+    """Raise a ValueError unless ``value`` is finite, (n >= least, d) with the d of ``like``."""
+    if value.ndim != 2 or len(value) < least or value.shape[1:] != like.shape[1:]:
+        raise ValueError(f"{name} must have shape (n >= {least}, d), d alike in both, got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {value.dtype}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -55,11 +73,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: for shapes that do not fit, or features that are not finite.
     """
-    for name, value in (("a", a), ("b", b)):
-        if value.ndim != 2 or len(value) < 2 or value.shape[1] != a.shape[1]:
-            raise ValueError(f"{name} must have shape (n >= 2, d), d as in a, got {tuple(value.shape)}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+    _check_features("a", a, like=a, least=2)
+    _check_features("b", b, like=a, least=2)
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     d = a.shape[1]
     cov_a, cov_b = (torch.cov(x.T).reshape(d, d) for x in (a, b))
@@ -68,6 +83,141 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     # The singular values of the product are the eigenvalues of that root, without the square root of a rounding error.
     cross = torch.linalg.svdvals(root_a @ root_b).sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Improved precision and recall. Both are in [0, 1], and below 1 even for two samples of the same distribution.
+
+    Attributes:
+        precision: share of generated samples that lie in the manifold of the real ones.
+        recall: share of real samples that lie in the manifold of the generated ones.
+    """
+
+    precision: float
+    recall: float
+
+
+def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk_size: int = 1000) -> PrecisionRecall:
+    """Improved precision and recall of generated samples (Kynkäänniemi et al., NeurIPS 2019).
+
+    The manifold of a sample is the union of a ball around each of its points, which reaches to the point's k-th
+    neighbour in that sample. One far outlier has a large ball and takes in much that is no data: compare figures of
+    the same features, sample sizes and k only. The source takes k = 3.
+
+    Args:
+        real: features of data, (n, d), n > k, floating point.
+        fake: features of generated samples, (m, d), m > k.
+        k: which neighbour.
+        chunk_size: rows of the distance matrix at a time.
+
+    Raises:
+        ValueError: for shapes that do not fit, features that are not finite floats, or k or chunk_size below 1.
+    """
+    if k < 1 or chunk_size < 1:
+        raise ValueError(f"k and chunk_size must be at least 1, got k={k}, chunk_size={chunk_size}")
+    for name, value in (("real", real), ("fake", fake)):
+        _check_features(name, value, like=real, least=k + 1)
+
+    # Squared distances by matrix products: in double precision, about the mean, with an allowance for the rounding.
+    centre = real.double().mean(0)
+    real, fake = (value.detach().double() - centre for value in (real, fake))
+    slack = 1e-12 * max(value.square().sum(1).max() for value in (real, fake))
+
+    def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+        for rows in a.split(chunk_size):
+            yield torch.addmm(b.square().sum(1), rows, b.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
+
+    def share_within(points: Tensor, sample: Tensor) -> float:
+        # The (k + 1)-th smallest distance: the smallest is that of the point to itself.
+        radius = torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(sample, sample)]) + slack
+        return torch.cat([(d <= radius).any(1) for d in distances(points, sample)]).double().mean().item()
+
+    return PrecisionRecall(precision=share_within(fake, real), recall=share_within(real, fake))
+
+
+@dataclass(frozen=True)
+class ModeCount:
+    """Which classes a sample of labels has, and how often.
+
+    Attributes:
+        modes: classes that occur.
+        kl: KL divergence in nats of the labels' distribution from the reference's, 0 if they agree.
+        floor: (K - 1) / 2n, the mean of ``kl`` for n labels drawn from the reference itself, K its classes; to first
+            order in 1 / n, so for samples where each class is expected a few times.
+    """
+
+    modes: int
+    kl: float
+    floor: float
+
+
+def mode_count(labels: Tensor, reference: Tensor) -> ModeCount:
+    r"""Count modes by the classes that a classifier sees in generated samples.
+
+    .. math:: \mathrm{KL} = \sum_k q_k \log\frac{q_k}{p_k}, \qquad q_k = \text{share of the labels that are } k
+
+    Many samples find a mode however rare it is, so that counts of modes are comparable at equal n only.
+
+    Args:
+        labels: classes 0..K-1 of generated samples, integers (n,).
+        reference: frequency p of each class in the data, counts or shares, (K,); divided by its sum.
+
+    Raises:
+        ValueError: for other shapes or types, a frequency that is negative, or labels that the reference has not.
+    """
+    if labels.ndim != 1 or len(labels) == 0 or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of shape (n >= 1,), got {labels.dtype} {tuple(labels.shape)}")
+    p = reference.detach().double().cpu()
+    if p.ndim != 1 or not torch.isfinite(p).all() or (p < 0).any() or not p.sum() > 0:
+        raise ValueError(f"reference must be finite frequencies of shape (K,), none negative, got {reference}")
+    p = p / p.sum()
+    labels, n = labels.cpu().long(), len(labels)
+    if labels.min() < 0 or labels.max() >= len(p) or (p[labels] == 0).any():
+        raise ValueError(f"labels must be classes that the reference has, got {labels.unique().tolist()}")
+    q = torch.bincount(labels, minlength=len(p)).double() / n
+    seen = q > 0
+    return ModeCount(
+        modes=int(seen.sum()),
+        kl=float((q[seen] * (q[seen] / p[seen]).log()).sum()),
+        floor=(int((p > 0).sum()) - 1) / (2 * n),
+    )
+
+
+@torch.no_grad()
+def inception_fid(
+    real: Tensor, fake: Tensor, *, feature: int | nn.Module = 2048, device: str = "cpu", batch_size: int = 100
+) -> float:
+    """Fréchet distance in the features of Inception, by torchmetrics: the FID of the literature.
+
+    Needs the optional packages of ``pip install "gae_core[fid]"``, and a network for Inception's weights at the first
+    call. The figure depends on the resizing and the weights: compare figures of one pipeline only.
+
+    Args:
+        real: images, (n, 1 or 3, height, width), bytes or floats in [0, 1]; grey ones are repeated to three channels.
+        fake: generated images, (m, 1 or 3, height, width).
+        feature: width of an Inception layer (2048 is the usual one), or another module to take the features from.
+        device: where the features are computed.
+        batch_size: images at a time.
+
+    Raises:
+        ImportError: if torchmetrics or torch-fidelity is missing; the message says what to install.
+        ValueError: for other shapes.
+    """
+    for name, value in (("real", real), ("fake", fake)):
+        if value.ndim != 4 or value.shape[1] not in (1, 3):
+            raise ValueError(f"{name} must have shape (n, 1 or 3, height, width), got {tuple(value.shape)}")
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        fid = FrechetInceptionDistance(feature).to(device)
+    except ImportError as error:
+        raise ImportError('inception_fid needs two more packages: pip install "torchmetrics[image]"') from error
+    for images, is_real in ((real, True), (fake, False)):
+        for batch in images.split(batch_size):
+            as_bytes = batch if batch.dtype == torch.uint8 else (255 * batch).round().byte()
+            fid.update(as_bytes.expand(-1, 3, -1, -1).to(device), real=is_real)
+    return float(fid.compute())
 
 
 @dataclass(frozen=True)

@@ -25,27 +25,40 @@ def mlp(sizes: Sequence[int], *, activation: type[nn.Module] = nn.ReLU) -> nn.Se
     return nn.Sequential(*layers[:-1])
 
 
-def mlp_pair(shape: Sequence[int], dim: int, *, hidden: Sequence[int] = (512, 256)) -> tuple[nn.Module, nn.Module]:
+def mlp_pair(
+    shape: Sequence[int],
+    dim: int,
+    *,
+    hidden: Sequence[int] = (512, 256),
+    heads: int = 1,
+    output: type[nn.Module] = nn.Sigmoid,
+) -> tuple[nn.Module, nn.Module]:
     """Encoder from images of a shape to codes (batch, dim), and the mirrored decoder back to images in [0, 1].
 
     Args:
         shape: shape of one image, (channels, height, width).
         dim: dimension of the code.
         hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
+        heads: vectors of length dim that the encoder gives side by side, (batch, heads * dim): 2 for mu and logvar.
+        output: class of the decoder's last layer; ``nn.Identity`` gives logits instead of images.
     """
     pixels = math.prod(shape)
-    encoder = nn.Sequential(nn.Flatten(), mlp([pixels, *hidden, dim]))
-    decoder = nn.Sequential(mlp([dim, *reversed(hidden), pixels]), nn.Sigmoid(), nn.Unflatten(1, tuple(shape)))
+    encoder = nn.Sequential(nn.Flatten(), mlp([pixels, *hidden, heads * dim]))
+    decoder = nn.Sequential(mlp([dim, *reversed(hidden), pixels]), output(), nn.Unflatten(1, tuple(shape)))
     return encoder, decoder
 
 
-def conv_pair(shape: Sequence[int], dim: int, *, channels: int = 32) -> tuple[nn.Module, nn.Module]:
+def conv_pair(
+    shape: Sequence[int], dim: int, *, channels: int = 32, heads: int = 1, output: type[nn.Module] = nn.Sigmoid
+) -> tuple[nn.Module, nn.Module]:
     """Convolutional encoder and decoder, halving the image twice, for sides that four divides.
 
     Args:
         shape: shape of one image, (channels, height, width), height and width divisible by 4.
         dim: dimension of the code.
         channels: width of the first layer; the second has twice as many.
+        heads: as in :func:`mlp_pair`.
+        output: as in :func:`mlp_pair`.
 
     Raises:
         ValueError: if a side is not divisible by 4.
@@ -60,7 +73,7 @@ def conv_pair(shape: Sequence[int], dim: int, *, channels: int = 32) -> tuple[nn
         nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        mlp([math.prod(small), 256, dim]),
+        mlp([math.prod(small), 256, heads * dim]),
     )
     decoder = nn.Sequential(
         mlp([dim, 256, math.prod(small)]),
@@ -69,6 +82,6 @@ def conv_pair(shape: Sequence[int], dim: int, *, channels: int = 32) -> tuple[nn
         nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.ConvTranspose2d(channels, colours, 4, stride=2, padding=1),
-        nn.Sigmoid(),
+        output(),
     )
     return encoder, decoder

@@ -1,7 +1,8 @@
 """One training loop for every model."""
 
-import dataclasses
+import math
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gae_core import parallel
 from gae_core.data import to_unit
 
 History = dict[str, Tensor]
@@ -29,9 +31,13 @@ def fit(
     batch_size: int = 128,
     lr: float = 1e-3,
     schedule: Callable[[float], float] | None = None,
+    clip: float | None = None,
     device: str | torch.device = "auto",
+    precision: str = "float32",
+    compile: bool | str = False,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
     resume: bool = False,
     callback: Callable[[nn.Module, int], None] | None = None,
     progress: bool = True,
@@ -42,26 +48,43 @@ def fit(
     that epoch (a small batch would be no fair sample for what is computed over a batch). The order and the model's
     noise come from ``seed`` alone; the initial weights are the caller's.
 
+    A model with opposing players has ``players``, which maps each player's name to (its parameters, its steps a
+    round), and a ``loss`` that takes ``player=name``. The players take turns in that order, each with its own Adam,
+    each step on a new batch; a step changes the parameters of its player alone.
+
+    Started with ``torchrun``, the processes share every batch and average their gradients: see
+    :mod:`gae_core.parallel`, by which a model draws its noise, lest all processes draw the same. The batch norm and the
+    entropy of the code are those of the whole batch; other batch norms see the rows of their process. The first process
+    alone writes checkpoints (to a folder that all see), shows progress and calls back.
+
     Args:
         model: has ``loss(x, y, generator=...)``, which returns a dataclass with ``total`` and other terms,
             each of shape (batch,). It is moved to the device, and left in evaluation mode.
         x: data, (n, ...): floating point, or bytes, which become floats in [0, 1] by the batch. Held on the device.
         y: labels or other conditions, (n, ...), passed on to the loss.
         epochs: passes over the data in total, those before a resumption included.
-        batch_size: rows of a step, at most n.
+        batch_size: rows of a step, at most n, over all processes.
         lr: learning rate of Adam, at its start when there is a schedule.
         schedule: factor of the learning rate as a function of the progress in [0, 1), for example
             ``lambda t: 1 - t``.
+        clip: largest norm of a player's gradient; a longer one is shortened to it.
         device: "auto" takes CUDA when it is there.
+        precision: "float32" leaves the model's own precision; "bf16" is torch's autocast, which pays where the
+            matrices are large; "auto" is "bf16" on CUDA devices that have it. In bf16 a code keeps 8 bits of
+            mantissa: in few dimensions codes coincide, and the nearest-neighbour entropy refuses those.
+        compile: True compiles the loss with ``torch.compile``, for tens of seconds at the first step (of each player).
+            "reduce-overhead" captures CUDA graphs as well: kernels without the time to launch each.
         seed: of the order of the data and of the generator given to the loss.
         checkpoint: file that receives the state of the training after each epoch, written beside it and then renamed.
+        checkpoint_every: steps between further checkpoints within an epoch.
         resume: go on from ``checkpoint`` if it exists. On the CPU the result is that of a training never stopped.
         callback: called as ``callback(model, epoch)`` after each epoch, counted from 1, in evaluation mode. Its use of
             randomness does not change the training, unless it changes the model.
         progress: show a progress bar if standard error is a terminal.
 
     Returns:
-        Mean of each term of the loss on each step, float32, shape (steps,), on the CPU.
+        Mean of each term of the loss on each step, float32, shape (steps,), on the CPU. With players the names are
+        "player term", and each has the steps of its player.
 
     Raises:
         ValueError: for arguments that do not fit together, or a checkpoint of another training.
@@ -69,72 +92,122 @@ def fit(
         FloatingPointError: if a term or the gradient becomes NaN or infinite; the weights stay those before the step
             (batch norm's running averages have seen the batch), and the last checkpoint is left as it is.
     """
-    if epochs < 1 or not 1 <= batch_size <= len(x):
+    device = pick_device(device)
+    parallel.start(device)
+    rank, size = parallel.rank_and_size()
+    if epochs < 1 or not 1 <= batch_size <= len(x) or batch_size % size:
         raise ValueError(
-            f"epochs must be at least 1 and batch_size between 1 and n, "
+            f"epochs must be at least 1 and batch_size a multiple of the {size} process(es) between 1 and n, "
             f"got epochs={epochs}, batch_size={batch_size}, n={len(x)}"
         )
     if y is not None and len(y) != len(x):
         raise ValueError(f"y must have one row for each row of x, got {len(y)} and {len(x)}")
-    device = pick_device(device)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be a positive norm or None, got {clip}")
+    if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint is None):
+        raise ValueError(f"checkpoint_every must be at least 1, with a checkpoint to write to, got {checkpoint_every}")
+
+    loss_of, cast = _compiled(model.loss, compile, device), _autocast(precision, device)
     model.to(device)
     x, y = x.to(device), None if y is None else y.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    players = getattr(model, "players", {"": (model.parameters(), 1)})
+    turns = [name for name, (_, count) in players.items() for _ in range(count)]
+    parameters = {name: [p for p in group if p.requires_grad] for name, (group, _) in players.items()}
+    optimizers = {name: torch.optim.Adam(group, lr=lr, fused=True) for name, group in parameters.items()}
     order = torch.Generator().manual_seed(seed)
     noise = torch.Generator(device).manual_seed(seed)
     steps = len(x) // batch_size
-    history: dict[str, list[Tensor]] = {}
-    done = 0
+    history: dict[str, list[float]] = {}
+    done = 0  # steps
 
     # What must agree for a checkpoint to be of this training.
-    settings = {"rows": len(x), "batch_size": batch_size, "lr": lr, "seed": seed}
+    settings = {"rows": len(x), "batch_size": batch_size, "lr": lr, "seed": seed, "clip": clip, "precision": precision}
     if schedule is not None:
         settings["epochs"] = epochs  # the schedule depends on the end
     if checkpoint is not None and (checkpoint := Path(checkpoint)).exists():
         if not resume:
             raise FileExistsError(f"{checkpoint} exists: pass resume=True to go on from it, or remove it")
-        done, history = _load(checkpoint, settings, epochs, model, optimizer, order, noise)
+        done, history = _load(checkpoint, settings, epochs, steps, model, optimizers, order, noise)
+    if size > 1:
+        parallel.broadcast_(model.state_dict().values())
 
-    show = progress and sys.stderr.isatty()
-    for epoch in range(done, epochs):
+    show = progress and rank == 0 and sys.stderr.isatty()
+    for epoch in range(done // steps, epochs):
         model.train()
+        order_before = order.get_state()
         rows = torch.randperm(len(x), generator=order).to(device)
         for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{epochs}", leave=False, disable=not show):
-            batch = rows[step * batch_size : (step + 1) * batch_size]
+            number = epoch * steps + step
+            if number < done:
+                continue
+            player = turns[number % len(turns)]
+            optimizer = optimizers[player]
             if schedule is not None:
-                optimizer.param_groups[0]["lr"] = lr * schedule((epoch * steps + step) / (epochs * steps))
-            loss = model.loss(to_unit(x[batch]), None if y is None else y[batch], generator=noise)
-            terms = {field.name: getattr(loss, field.name).mean() for field in dataclasses.fields(loss)}
-            for name, value in terms.items():
-                if not torch.isfinite(value):
-                    raise FloatingPointError(f"loss term {name!r} is {value.item()} at epoch {epoch + 1}, step {step}")
-                history.setdefault(name, []).append(value.detach())
+                optimizer.param_groups[0]["lr"] = lr * schedule(number / (epochs * steps))
+            batch = rows[step * batch_size : (step + 1) * batch_size]
+            own = parallel.own(batch)  # all of it on a single process
+            options = {"player": player} if player else {}
             optimizer.zero_grad()
-            terms["total"].backward()
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"gradient's norm is {norm.item()} at epoch {epoch + 1}, step {step}")
+            with cast:
+                loss = loss_of(to_unit(x[own]), None if y is None else y[own], generator=noise, **options)
+            means = {name: values.mean() for name, values in vars(loss).items()}
+            means["total"].backward(inputs=parameters[player])
+            gradients = [p.grad for p in parameters[player] if p.grad is not None]
+            values = torch.stack([mean.detach() for mean in means.values()])
+            if size > 1:
+                parallel.average_([*gradients, values])
+            norm = nn.utils.get_total_norm(gradients)
+            # All that must be finite comes to the host in one transfer, for which a step waits for the device once.
+            names = [f"{player} {name}".strip() for name in (*means, "gradient norm")]
+            found = dict(zip(names, torch.cat([values, norm[None]]).tolist(), strict=True))
+            if not all(map(math.isfinite, found.values())):
+                bad = ", ".join(f"{name!r} is {value}" for name, value in found.items() if not math.isfinite(value))
+                raise FloatingPointError(f"{bad} at epoch {epoch + 1}, step {step}, on rows {batch.tolist()} of x")
+            if clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters[player], clip, norm)
             optimizer.step()
+            for name in names[:-1]:
+                history.setdefault(name, []).append(found[name])
+            last = step + 1 == steps
+            if checkpoint is not None and rank == 0 and (last or (step + 1) % (checkpoint_every or steps) == 0):
+                here = order.get_state() if last else order_before  # the next order, or this one again
+                _save(checkpoint, settings, number + 1, history, model, optimizers, here, noise)
         model.eval()
-        if checkpoint is not None:
-            _save(checkpoint, settings, epoch + 1, history, model, optimizer, order, noise)
-        if callback is not None:
+        if callback is not None and rank == 0:
             callback(model, epoch + 1)
     model.eval()
-    return {name: torch.stack(values).float().cpu() for name, values in history.items()}
+    return {name: torch.tensor(values) for name, values in history.items()}
 
 
-def _save(path, settings, epoch, history, model, optimizer, order, noise) -> None:
+def _compiled(loss: Callable, compile: bool | str, device: torch.device) -> Callable:
+    """The loss, compiled if asked."""
+    if compile not in (False, True, "reduce-overhead"):
+        raise ValueError(f'compile must be False, True or "reduce-overhead", got {compile!r}')
+    if compile == "reduce-overhead" and device.type != "cuda":
+        raise ValueError(f'compile="reduce-overhead" captures CUDA graphs, the device is {device}: pass compile=True')
+    return torch.compile(loss, dynamic=False, mode=None if compile is True else compile) if compile else loss
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a loss in that precision."""
+    if precision not in ("auto", "float32", "bf16"):
+        raise ValueError(f'precision must be "auto", "float32" or "bf16", got {precision!r}')
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    use = precision == "bf16" or (precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+def _save(path, settings, done, history, model, optimizers, order, noise) -> None:
     """Write a checkpoint beside ``path``, then rename it: a crash leaves the old one or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     state = {
         "settings": settings,
-        "epoch": epoch,
-        "history": {name: torch.stack(values).cpu() for name, values in history.items()},
+        "steps": done,
+        "history": {name: torch.tensor(values, dtype=torch.float64) for name, values in history.items()},
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "order": order.get_state(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "order": order,
         "noise": noise.get_state(),
     }
     with open(temporary, "wb") as file:
@@ -144,20 +217,24 @@ def _save(path, settings, epoch, history, model, optimizer, order, noise) -> Non
     temporary.replace(path)
 
 
-def _load(path, settings, epochs, model, optimizer, order, noise) -> tuple[int, dict[str, list[Tensor]]]:
-    """Restore everything from a checkpoint of the same training; returns epochs done and the history."""
+def _load(path, settings, epochs, steps, model, optimizers, order, noise) -> tuple[int, dict[str, list[float]]]:
+    """Restore everything from a checkpoint of the same training; returns steps done and the history."""
     device = next(model.parameters()).device
-    state = torch.load(path, weights_only=True, map_location=device)
-    if state["settings"] != settings:
-        raise ValueError(f"{path} is of another training: it has {state['settings']}, this call has {settings}")
-    if state["epoch"] > epochs:
-        raise ValueError(f"{path} has {state['epoch']} epochs done, more than epochs={epochs}")
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint, or a damaged one: {error}") from error
+    if state.get("settings") != settings:
+        raise ValueError(f"{path} is of another training: it has {state.get('settings')}, this call has {settings}")
+    if state["steps"] > epochs * steps:
+        raise ValueError(f"{path} has {state['steps'] / steps:g} epochs done, more than epochs={epochs}")
     shapes, here = ({name: tuple(v.shape) for name, v in s.items()} for s in (state["model"], model.state_dict()))
     if shapes != here:  # compared before anything is loaded: load_state_dict would stop half-way
         name = next(name for name in shapes | here if shapes.get(name) != here.get(name))
         raise ValueError(f"{path} is of another model: {name} is {shapes.get(name)} there and {here.get(name)} here")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
     order.set_state(state["order"].cpu())
     noise.set_state(state["noise"].cpu())
-    return state["epoch"], {name: list(values) for name, values in state["history"].items()}
+    return state["steps"], {name: values.tolist() for name, values in state["history"].items()}

@@ -1,16 +1,251 @@
-"""Recorded runs and the classifier of the metrics: kept, not repeated, and the same from the same seed."""
+"""Recorded runs: the same twice, resumable, never overwriting what is worth more; and the archives of `make gpu`."""
 
-import itertools
 import json
 import math
+import sys
+import tarfile
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from gae_core import __main__, data, experiments, metrics, nets, train
+from gae_core import data, experiments, metrics, nets, records, train
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.eae import EAE
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+import training  # noqa: E402
+
+REAL = data.data_root()
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A data folder that keeps the classifier of the digits for all tests of this file."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True)
+def tiny(kept, monkeypatch):
+    """Runs of two epochs, and nothing kept in the real data folder."""
+    monkeypatch.setenv("GAE_DATA", str(kept))
+    monkeypatch.setitem(experiments.SIZES, "short", experiments.Size(experiments.SIZES["short"].pair, 3))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def go(digits, out, name="eae", seeds=(0, 1), device="cpu"):
+    return experiments.run(name, images=digits, seeds=seeds, size="short", device=device, out=out)
+
+
+@pytest.mark.parametrize("name", experiments.MODELS)
+def test_a_seed_gives_the_same_metrics_to_the_last_digit(name, digits, tmp_path):
+    first, second = (records.check(go(digits, tmp_path / str(i), name, [3])) for i in range(2))
+    assert first["metrics"] == second["metrics"]
+    assert all(math.isfinite(m["mean"]) and m["standard error"] is None for m in first["metrics"].values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_record_has_what_is_needed_to_do_it_again(device, digits, tmp_path):
+    path = go(digits, tmp_path, device=device)
+    assert path == tmp_path / "eae" / "digits-short.json"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["digits-short.json", "digits-short.png"]
+    record = records.check(path)
+    assert record["command"] == "python -m gae_core run eae --data digits --size short --seeds 0,1"
+    assert (record["seeds"], record["epochs"], record["batch_size"]) == ([0, 1], 2, 128)
+    assert record["wall seconds"] > record["training seconds"] > 0 < record["samples a second"]
+    assert record["peak memory, MiB"] > 0
+    assert record["peak memory of"].startswith("the process" if device == "cpu" else "tensors")
+    assert record["classifier"]["accuracy"] > 0.95
+    error = record["metrics"]["squared error"]
+    a, b = error["by seed"]
+    assert a != b
+    assert error["mean"] == pytest.approx((a + b) / 2)
+    assert error["standard error"] == pytest.approx(abs(a - b) / 2)  # of two values: |a - b| / sqrt(2) / sqrt(2)
+    assert (record["device"] == "CPU") == (device == "cpu")
+
+
+def test_a_killed_run_goes_on_with_the_next_seed(digits, tmp_path, monkeypatch):
+    whole = records.check(go(digits, tmp_path / "whole"))
+    real, seeds = experiments.fit, []
+
+    def fit(model, images, *, seed, **options):
+        seeds.append(seed)
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return real(model, images, seed=seed, **options)
+
+    monkeypatch.setattr(experiments, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        go(digits, tmp_path)
+    assert not (tmp_path / "eae" / "digits-short.json").exists()
+    path = go(digits, tmp_path)
+    assert seeds == [0, 1, 1], "the finished seed is not trained again"
+    assert records.check(path)["metrics"] == whole["metrics"]
+    assert go(digits, tmp_path, seeds=[1]) == path and len(seeds) == 3, "what is there is not made again"
+    monkeypatch.setattr(experiments, "_code", lambda: "other code")
+    go(digits, tmp_path, seeds=[1])
+    assert seeds[3:] == [1], "other code makes other records"
+
+
+def test_a_cpu_does_not_overwrite_a_gpu(digits, tmp_path, monkeypatch):
+    path = tmp_path / "eae" / "digits-short.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"device": "NVIDIA H200"}))
+    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    with pytest.raises(FileExistsError, match="record of a GPU"):
+        go(digits, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_training(digits, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    with pytest.raises(OSError, match="cannot write into"):
+        go(digits, tmp_path / "file")
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_must_be_different_and_some(seeds, digits, tmp_path):
+    with pytest.raises(ValueError, match="seeds must be"):
+        go(digits, tmp_path, seeds=seeds)
+
+
+def test_a_checkpoint_says_which_model_it_is(tmp_path):
+    model = experiments.build("batch_norm", (1, 8, 8), size="short", seed=5).eval()
+    about = {"name": "batch_norm", "data": "digits", "shape": [1, 8, 8], "size": "short", "seed": 0}
+    experiments.label(model, **about)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pt")
+    loaded, found = experiments.load_checkpoint(tmp_path / "x.pt")
+    assert found == about
+    x = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_the_classifier_is_kept_and_reproducible(digits, kept, tmp_path, monkeypatch):
+    first = experiments.classifier(digits)
+    monkeypatch.setenv("GAE_DATA", str(tmp_path))
+    again = experiments.classifier(digits)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    told = json.loads((kept / "classifier-digits-0.json").read_text())["accuracy"]
+    right = metrics.in_batches(first, digits.x_test).argmax(1) == digits.y_test
+    assert told == right.double().mean().item()
+
+
+def test_the_classifier_of_mnist_is_at_least_99_per_cent_right(monkeypatch):
+    for path in records.RESULTS.glob("*/mnist-*.json"):
+        assert records.read(path).get("classifier", {}).get("accuracy", 1) >= 0.99, path
+    monkeypatch.setenv("GAE_DATA", str(REAL))
+    if not (REAL / "classifier-mnist-0.json").exists():
+        pytest.skip("no classifier of MNIST is trained yet: `python -m gae_core run` trains it when first needed")
+    images = data.load("mnist")
+    right = metrics.in_batches(experiments.classifier(images), images.x_test).argmax(1) == images.y_test
+    assert right.double().mean() >= 0.99
+
+
+def record(path, device="CPU", **changes):
+    """Write a small record of two seeds."""
+    whole = dict.fromkeys(records.KEYS, 0) | {"model": path.parent.name, "device": device, "seeds": [0, 1]}
+    whole |= dict(zip(("data", "size"), path.stem.split("-"), strict=True))
+    whole |= {"command": "run it", "metrics": {"error": records.summary([1.0, 3.0])}} | changes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"),
+    [
+        (records.summary([1.0, 3.0]), "2.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.0"),
+        (records.summary([1234.5]), "1,234"),
+        (records.summary([0.012345]), "0.0123"),
+        (records.summary([5.0, 5.0]), "5.00\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00"),
+        (None, "–"),
+    ],
+)
+def test_cells_are_rounded_to_two_digits_of_the_error(metric, shown):
+    assert records.cell(metric) == shown
+
+
+def test_tables_stand_side_by_side_only_where_they_may(tmp_path):
+    record(tmp_path / "a" / "mnist-full.json")
+    record(tmp_path / "b" / "mnist-full.json", metrics={"other": records.summary([1.0, 1.0])})
+    record(tmp_path / "c" / "mnist-full.json", device="NVIDIA H200")
+    (tmp_path / "a" / "mnist-short.part.json").write_text("{}")
+    both, alone = records.groups(tmp_path, ["b"]).values()
+    assert [r["model"] for r in both] == ["b", "a"] and [r["model"] for r in alone] == ["c"]
+    assert "| error | – | 2.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.0 |" in records.table(both)
+    with pytest.raises(ValueError, match="rows must be"):
+        records.table(both, ["eror"])
+    with pytest.raises(ValueError, match="differ"):
+        records.origin(both + alone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"metrics": {"error": records.summary([1.0, 3.0]) | {"mean": 2.5}}}, "does not follow"),
+        ({"metrics": {"error": records.summary([1.0])}}, "does not follow"),
+        ({"model": "b"}, "is the record of b/mnist-full"),
+    ],
+)
+def test_a_record_that_is_not_whole_is_refused(changes, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        records.check(record(tmp_path / "a" / "mnist-full.json", **changes))
+
+
+def archive(folder, name, path):
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / name, "w:gz") as file:
+        file.add(path, f"results/{path.parent.name}/{path.name}")
+
+
+def test_archives_are_taken_into_the_book(tmp_path, capsys):
+    book, made = tmp_path / "book", tmp_path / "made"
+    record(book / "a" / "mnist-full.json", device="NVIDIA H200")
+    archive(tmp_path / "from", "gpu-1.tar.gz", record(made / "a" / "mnist-full.json"))
+    archive(tmp_path / "from", "gpu-2.tar.gz", record(made / "b" / "mnist-full.json", device="NVIDIA H200"))
+    assert gpu.take(tmp_path / "from", book) == [book / "b" / "mnist-full.json"]
+    assert "left out" in capsys.readouterr().out
+    assert records.check(book / "a" / "mnist-full.json")["device"] == "NVIDIA H200"
+    archive(tmp_path / "bad", "gpu.tar.gz", record(made / "c" / "mnist-full.json", model="d"))
+    with pytest.raises(ValueError, match="is the record of d"):
+        gpu.take(tmp_path / "bad", book)
+
+
+def test_a_part_leaves_one_archive_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    from gae_core.__main__ import main
+
+    calls = []
+    monkeypatch.setattr(gpu, "call", lambda *a: calls.append(main(list(a[2:]))))  # in this process: the tiny size
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--data", "digits", "--size", "short", "--seeds", "0"]
+    for _ in range(2):
+        assert gpu.main([*arguments, "--part", "2"]) == 0
+    assert calls == [0, 0]
+    taken = gpu.take(tmp_path / "gpu-2.tar.gz", tmp_path / "book")
+    assert [p.name for p in taken] == ["digits-short.json"] and taken[0].with_suffix(".png").exists()
+    assert gpu.main([*arguments, "--part", "99"]) == 1
+    assert "part must be 1 to" in capsys.readouterr().err
+
+
+def test_the_benchmark_measures_and_places_its_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(training.ROWS["cpu"], "MLP", 300)
+    lines = training.measure("MLP", torch.device("cpu"), rounds=1)
+    assert [line.split(" | ")[1] for line in lines][:2] == ["fit", "bare loop"]
+    (tmp_path / "benchmarks").mkdir()
+    readme = tmp_path / "benchmarks" / "README.md"
+    readme.write_text((ROOT / "benchmarks" / "README.md").read_text())
+    monkeypatch.setattr(training, "ROOT", tmp_path)
+    for text in ("CPU, before\n", "CPU, after\n", "NVIDIA\n"):
+        training.place(text)
+    found = readme.read_text()
+    assert "CPU, after\n" in found and "CPU, before" not in found and "NVIDIA\n" in found
 
 
 def state(model):
@@ -19,72 +254,6 @@ def state(model):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, digits):
-    """A data folder whose classifier was trained with a global generator in a known state."""
-    path = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GAE_DATA", str(path))
-        before = torch.random.get_rng_state()
-        model = experiments.classifier(digits)
-        untouched = torch.equal(torch.random.get_rng_state(), before)
-    return path, model, untouched
-
-
-@pytest.fixture
-def trained(folder, monkeypatch):
-    monkeypatch.setenv("GAE_DATA", str(folder[0]))
-    return folder[1]
-
-
-def test_the_classifier_is_recorded_with_the_accuracy_that_it_has(trained, folder, digits):
-    path = folder[0] / "classifier-digits-0.json"
-    record = json.loads(path.read_text())
-    logits = trained(digits.x_test)
-    right = int((logits.argmax(1) == digits.y_test).sum())
-    assert record["accuracy"] == right / 450 and record["data"] == "digits" and record["seed"] == 0
-    assert record["accuracy"] > 0.97  # 450 images: 0.97 is 3 standard errors below 0.99
-    assert not trained.training and next(trained.parameters()).device.type == "cpu"
-    assert sorted(file.name for file in folder[0].iterdir()) == ["classifier-digits-0.json", "classifier-digits-0.pt"]
-
-
-def test_training_the_classifier_leaves_the_global_generator(folder):
-    assert folder[2]
-
-
-def test_the_classifier_is_not_trained_again(trained, folder, digits, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("it was trained again")
-
-    monkeypatch.setattr("gae_core.models.classifier.Classifier.loss", refuse)
-    files = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder[0].iterdir()}
-    before = torch.random.get_rng_state()
-    torch.testing.assert_close(state(experiments.classifier(digits)), state(trained), rtol=0, atol=0)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder[0].iterdir()} == files
-    with pytest.raises(AssertionError, match="trained again"):
-        experiments.classifier(digits, seed=1)  # another seed is another classifier
-
-
-def test_a_lost_record_is_written_again(trained, folder, digits):
-    path = folder[0] / "classifier-digits-0.json"
-    text = path.read_text()
-    path.unlink()
-    experiments.classifier(digits)
-    assert path.read_text() == text
 
 
 def few(images, n=64):
@@ -148,16 +317,9 @@ def test_a_size_is_a_number_of_images_seen(n, epochs):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """A size of one epoch, for tests."""
-    monkeypatch.setitem(experiments.SIZES, "tiny", experiments.Size(experiments._small_pair, 1))
-    monkeypatch.setattr(train, "pick_device", lambda device: torch.device("cpu"))
-
-
-@pytest.fixture
-def model(tiny, digits):
-    model = experiments.build("eae", digits.shape, size="tiny", seed=0)
-    experiments.fit(model, digits, size="tiny", seed=0, progress=False)
+def model(digits):
+    model = experiments.build("eae", digits.shape, size="short", seed=0)
+    experiments.fit(model, digits, size="short", seed=0, progress=False)
     return model
 
 
@@ -175,76 +337,16 @@ def test_four_sources_go_through_the_same_decoder_and_repeat(model, digits):
         assert torch.equal(x, other[name]) == (name == "reconstructions")
 
 
-def test_measures_are_the_metrics_of_the_sources(trained, model, digits):
+def test_measures_are_the_metrics_of_the_sources(model, digits):
     values = experiments.measure(model, digits, seed=3, n=100)
     error = (digits.x_test - model(digits.x_test).detach()).square().sum((1, 2, 3)).mean()
     assert values["squared error"] == pytest.approx(float(error), rel=1e-5)
-    real = trained.features(digits.x_test).detach()
+    real = experiments.classifier(digits).features(digits.x_test).detach()
     sources = experiments.sample_sources(model, digits, n=100, seed=3) | {"real images": digits.x_train[:100]}
     for name, x in sources.items():
-        distance = metrics.frechet_distance(trained.features(x).detach(), real)
+        distance = metrics.frechet_distance(experiments.classifier(digits).features(x).detach(), real)
         assert values[f"Fréchet, {name}"] == pytest.approx(distance, rel=1e-4)
     codes = metrics.gaussianity(model.encode(digits.x_test))
     assert values["ks marginal"] == pytest.approx(codes.ks_marginal, rel=1e-5)
     assert values["radius std"] == pytest.approx(codes.radius_std, rel=1e-5)
     assert all(math.isfinite(value) for value in values.values())
-
-
-def test_a_run_records_all_that_is_needed_to_do_it_again(trained, tiny, digits, tmp_path):
-    options = dict(images=digits, seeds=(0, 1), size="tiny", device="cpu")
-    path = experiments.run("autoencoder", out=tmp_path, **options)
-    assert path == tmp_path / "autoencoder" / "digits-tiny.json" and path.with_suffix(".png").stat().st_size > 1000
-    record = json.loads(path.read_text(encoding="utf-8"))
-    assert record["command"] == "python -m gae_core run autoencoder --data digits --size tiny --seeds 0,1"
-    assert (record["model"], record["seeds"], record["device"], record["epochs"]) == ("autoencoder", [0, 1], "CPU", 1)
-    layers = [64, 256, 128, 8], [8, 128, 256, 64]
-    assert record["parameters"] == sum((a + 1) * b for w in layers for a, b in itertools.pairwise(w))
-    for metric in record["metrics"].values():
-        first, second = metric["by seed"]
-        assert metric["mean"] == pytest.approx((first + second) / 2, rel=1e-12)
-        assert metric["standard error"] == pytest.approx(abs(first - second) / 2, rel=1e-9, abs=1e-12)
-    again = json.loads(experiments.run("autoencoder", out=tmp_path / "again", **options).read_text(encoding="utf-8"))
-    assert again["metrics"] == record["metrics"]
-
-
-def test_one_seed_has_no_standard_error_and_three_have_theirs():
-    assert experiments._standard_error([3.0]) is None
-    assert experiments._standard_error([1.0, 2.0, 6.0]) == pytest.approx(math.sqrt(7 / 3), rel=1e-14)
-
-
-def test_a_cpu_run_does_not_overwrite_the_record_of_a_gpu(tiny, digits, tmp_path, monkeypatch):
-    path = tmp_path / "eae" / "digits-tiny.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"device": "NVIDIA T4"}))
-    monkeypatch.setattr(train, "fit", None)  # refused before anything is trained
-    with pytest.raises(FileExistsError, match="record of a GPU, this would be one of a CPU: move it away first"):
-        experiments.run("eae", images=digits, size="tiny", device="cpu", out=tmp_path)
-    assert json.loads(path.read_text()) == {"device": "NVIDIA T4"}
-
-
-def test_a_run_without_seeds_is_refused(tiny, digits, tmp_path):
-    with pytest.raises(ValueError, match="seeds must name at least one"):
-        experiments.run("eae", images=digits, seeds=(), size="tiny", out=tmp_path)
-
-
-def test_command_line_reports_data_and_errors(monkeypatch, tmp_path, capsys):
-    assert __main__.main(["data", "digits"]) == 0
-    assert capsys.readouterr().out == "digits: 1,347 training and 450 test images\n"
-    monkeypatch.setenv("GAE_DATA", str(tmp_path))
-    assert __main__.main(["run", "eae", "--data", "mnist"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: mnist is not in ")
-    assert "python -m gae_core data mnist" in captured.err
-
-
-def test_command_line_passes_its_options_to_the_run(monkeypatch, tmp_path, capsys):
-    calls = []
-    monkeypatch.setattr(
-        experiments, "run", lambda name, **options: calls.append((name, options)) or tmp_path / "x.json"
-    )
-    words = f"run eae --data digits --size short --seeds 4,7 --device cpu --out {tmp_path}"
-    assert __main__.main(words.split()) == 0
-    ((name, options),) = calls
-    assert options.pop("images").name == "digits"
-    assert (name, options) == ("eae", dict(seeds=[4, 7], size="short", device="cpu", out=tmp_path))
-    assert capsys.readouterr().out == f"{tmp_path / 'x.json'}\n"

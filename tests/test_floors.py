@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MATHEMATICS = ("gaussian", "entropy", "normalization", "sampling")
 FLOORS = [
-    {*MATHEMATICS, "nets", "data"},
+    {*MATHEMATICS, "nets", "data", "parallel"},
     {"models"},
-    {"train", "metrics", "plots"},
+    {"train", "metrics", "variational", "plots", "records"},
     {"experiments", "__main__"},
 ]
 FILES = sorted((ROOT / "gae_core").rglob("*.py"))

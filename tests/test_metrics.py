@@ -1,6 +1,8 @@
 """Metrics on samples whose moments are exact by construction, so that the formulas hold to rounding."""
 
+import importlib.util
 import math
+import sys
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,9 +12,20 @@ import torch
 from helpers import assert_z
 from hypothesis import given
 from scipy import stats
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from gae_core.metrics import frechet_distance, gaussianity, in_batches, squared_error
+from gae_core.metrics import (
+    ModeCount,
+    PrecisionRecall,
+    frechet_distance,
+    gaussianity,
+    in_batches,
+    inception_fid,
+    mode_count,
+    precision_recall,
+    squared_error,
+)
 
 
 def normal(*shape, seed=0):
@@ -110,10 +123,11 @@ BAD_PAIRS = {
     "a 1-D": ((normal(5), GOOD), r"a must have shape \(n >= 2, d\)"),
     "a one row": ((normal(1, 3), GOOD), r"a must have shape .* got \(1, 3\)"),
     "b one row": ((GOOD, normal(1, 3)), r"b must have shape .* got \(1, 3\)"),
-    "b other d": ((GOOD, normal(5, 4)), r"b must have shape .*d as in a, got \(5, 4\)"),
+    "b other d": ((GOOD, normal(5, 4)), r"b must have shape .*d alike in both, got \(5, 4\)"),
     "b images": ((GOOD, normal(5, 3, 2)), r"b must have shape"),
     "a NaN": ((GOOD * math.nan, GOOD), "a must be finite"),
     "b infinite": ((GOOD, GOOD / 0), "b must be finite"),
+    "b integers": ((GOOD, GOOD.long()), "b must be floating point, got torch.int64"),
 }
 
 
@@ -262,3 +276,153 @@ def test_a_model_on_a_gpu_takes_and_returns_tensors_of_the_cpu():
     result = in_batches(model.cuda().encode, x)
     assert result.device.type == "cpu"
     torch.testing.assert_close(result, expected[:, :2])
+
+
+def test_in_batches_applies_a_function_that_gives_one_tensor_or_several():
+    x = torch.arange(14, dtype=torch.uint8).view(7, 2)
+    assert torch.equal(in_batches(torch.sin, x, batch_size=3), torch.sin(x / 255))
+    sines, sums = in_batches(lambda b: (b.sin(), b.sum(1)), x, batch_size=3)
+    assert torch.equal(sines, torch.sin(x / 255)) and torch.equal(sums, (x / 255).sum(1))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- precision and recall ---
+
+
+def brute_force(real, fake, k):
+    """The definition, by another program's neighbours and a loop over balls."""
+
+    def share(points, sample):
+        radius = NearestNeighbors(n_neighbors=k + 1).fit(sample).kneighbors(sample)[0][:, k]
+        return np.mean([(np.linalg.norm(sample - p, axis=1) <= radius).any() for p in points])
+
+    return PrecisionRecall(precision=share(fake, real), recall=share(real, fake))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("d", "scale"), [(1, 1.0), (4, 0.6), (4, 1.5)])
+def test_precision_and_recall_follow_their_definition(k, d, scale):
+    real, fake = normal(150, d), scale * normal(120, d, seed=1)
+    result = precision_recall(real, fake, k=k)
+    assert vars(result) == pytest.approx(vars(brute_force(real.numpy(), fake.numpy(), k)), abs=1e-12)
+    assert 0 < result.precision <= 1 and 0 < result.recall <= 1
+    assert precision_recall(real + 1e4, fake + 1e4, k=k, chunk_size=7) == result
+    swapped = precision_recall(fake, real, k=k)
+    assert (swapped.precision, swapped.recall) == (result.recall, result.precision)
+
+
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_the_same_points_have_precision_and_recall_one(repeats):
+    x = normal(60, 8).repeat(repeats, 1)
+    assert precision_recall(x, x) == PrecisionRecall(1, 1)
+    assert precision_recall(x.float(), x.float() * 1e-3 / 1e-3) == PrecisionRecall(1, 1)
+
+
+def test_distant_samples_have_precision_and_recall_zero():
+    assert precision_recall(normal(60, 3), normal(60, 3, seed=1) + 100) == PrecisionRecall(0, 0)
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_generator_that_drops_modes_is_precise_and_recalls_the_share_it_keeps(kept):
+    modes = (
+        normal(4, 50, 2) + 100 * torch.eye(4, 2, dtype=torch.float64)[:, None] + 1000 * torch.arange(4)[:, None, None]
+    )
+    result = precision_recall(modes.flatten(0, 1), modes[:kept].flatten(0, 1))
+    assert result == PrecisionRecall(1, kept / 4)
+    noisy = torch.cat([modes[:kept].flatten(0, 1), normal(25 * kept, 2) - 1e5])  # a third of it is far from all data
+    assert precision_recall(modes.flatten(0, 1), noisy).precision == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"real": torch.zeros(3, 2)}, r"real must have shape \(n >= 4, d\), .*got \(3, 2\)"),
+        ({"fake": torch.zeros(9, 3)}, r"fake must have shape \(n >= 4, d\), .*got \(9, 3\)"),
+        ({"fake": torch.full((9, 2), math.nan)}, "fake must be finite"),
+        ({"real": torch.zeros(9, 2, dtype=torch.long)}, "real must be floating point"),
+        ({"k": 0}, "k and chunk_size must be at least 1, got k=0"),
+        ({"chunk_size": 0}, "k and chunk_size must be at least 1.*chunk_size=0"),
+    ],
+)
+def test_precision_recall_names_wrong_arguments(changed, message):
+    with pytest.raises(ValueError, match=message):
+        precision_recall(**{"real": torch.zeros(9, 2), "fake": torch.zeros(9, 2)} | changed)
+
+
+# --- modes ---
+
+
+def test_a_perfect_sampler_has_the_floors_divergence():
+    classes, n = 50, 5000
+    uniform = torch.ones(classes)
+    counts = [mode_count(torch.randint(classes, (n,), generator=seeded(seed)), uniform) for seed in range(200)]
+    assert {c.modes for c in counts} == {classes}
+    assert counts[0].floor == 49 / 10_000
+    assert_z([c.kl for c in counts], 49 / 10_000)
+
+
+@pytest.mark.parametrize("kept", [1, 4, 10])
+def test_dropped_modes_cost_the_logarithm_of_the_share_that_is_left(kept):
+    labels = torch.arange(kept).repeat(7)
+    result = mode_count(labels, torch.full((10,), 0.1))
+    assert result.modes == kept
+    assert result.kl == pytest.approx(math.log(10 / kept), abs=1e-12)
+    assert result.floor == 9 / (2 * 7 * kept)
+
+
+def test_modes_are_compared_with_the_frequencies_of_the_data():
+    reference = torch.tensor([30, 0, 10])  # counts; a class that the data have not does not count as one
+    assert mode_count(torch.tensor([0, 0, 0, 2]), reference) == ModeCount(modes=2, kl=0.0, floor=1 / 8)
+    kl = mode_count(torch.tensor([0, 2], dtype=torch.uint8), reference).kl
+    assert kl == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+
+
+@pytest.mark.parametrize(
+    ("labels", "reference", "message"),
+    [
+        (torch.zeros(4), torch.ones(3), "labels must be integers"),
+        (torch.zeros(0, dtype=torch.long), torch.ones(3), "labels must be integers"),
+        (torch.zeros(2, 2, dtype=torch.long), torch.ones(3), "labels must be integers"),
+        (torch.tensor([0, 3]), torch.ones(3), "labels must be classes that the reference has"),
+        (torch.tensor([0, -1]), torch.ones(3), "labels must be classes that the reference has"),
+        (torch.tensor([0, 1]), torch.tensor([1, 0, 1]), "labels must be classes that the reference has"),
+        (torch.tensor([0]), torch.tensor([1.0, -0.1]), "reference must be finite frequencies"),
+        (torch.tensor([0]), torch.zeros(2), "reference must be finite frequencies"),
+        (torch.tensor([0]), torch.ones(2, 2), "reference must be finite frequencies"),
+    ],
+)
+def test_mode_count_names_wrong_arguments(labels, reference, message):
+    with pytest.raises(ValueError, match=message):
+        mode_count(labels, reference)
+
+
+# --- Inception ---
+
+
+def test_without_torchmetrics_inception_fid_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(ImportError, match=r'pip install "torchmetrics\[image\]"'):
+        inception_fid(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchmetrics") is None, reason="torchmetrics is optional, and not here")
+def test_inception_fid_is_the_frechet_distance_of_the_features():
+    class Features(nn.Module):
+        def forward(self, x):
+            return x[:, :2, :2, 0].double().flatten(1)
+
+    real = torch.rand(50, 3, 8, 8, generator=seeded())
+    fake = torch.randint(0, 256, (40, 1, 8, 8), generator=seeded(1), dtype=torch.uint8)
+    features = Features()
+    expected = frechet_distance(features((255 * real).round()), features(fake.expand(-1, 3, -1, -1)))
+    assert inception_fid(real, fake, feature=features, batch_size=7) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 2, 8, 8)])
+def test_inception_fid_names_wrong_shapes(shape):
+    with pytest.raises(ValueError, match="fake must have shape"):
+        inception_fid(torch.rand(4, 3, 8, 8), torch.rand(shape))

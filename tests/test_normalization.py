@@ -93,3 +93,10 @@ def test_a_single_code_has_no_variance():
     with pytest.raises(ValueError, match=r"at least 2 rows in training, got 1; call \.eval\(\)"):
         layer(torch.zeros(1, 3))
     assert layer.eval()(torch.zeros(1, 3)).shape == (1, 3)
+
+
+def test_half_precision_is_normalised_in_float32():
+    z = sample(50, 3).bfloat16()
+    out = CodeBatchNorm(3)(z)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, CodeBatchNorm(3)(z.float()))

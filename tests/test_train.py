@@ -1,14 +1,22 @@
 """The training loop: Adam by hand, resumption bit by bit, errors that lose nothing, no randomness from outside."""
 
 import dataclasses
+import functools
 import math
+import os
+import random
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from gae_core import train
+from gae_core.models.autoencoder import Autoencoder
 from gae_core.train import fit
 
 
@@ -223,6 +231,78 @@ def test_a_training_killed_inside_a_step_goes_on_bit_by_bit(schedule, calls, fre
     assert_identical(model, history, SCHEDULES[schedule])
 
 
+@pytest.mark.parametrize("calls", [3, 4, 6, 9, 11])
+def test_checkpoints_within_an_epoch_are_gone_on_from(calls, tmp_path):
+    """Written every two steps: what is done again is the steps since the last one, in the same order."""
+    options = dict(epochs=4, checkpoint=tmp_path / "state.pt", checkpoint_every=2, **OPTIONS)
+
+    class Killed(Net):
+        def loss(self, x, y=None, *, generator=None):
+            if self.calls == calls:
+                raise StoppedError
+            return super().loss(x, y, generator=generator)
+
+    with pytest.raises(StoppedError):
+        fit(Killed(), rows(), torch.arange(22), **options)
+    model = Net(seed=9)
+    history = fit(model, rows(), torch.arange(22), resume=True, **options)
+    assert model.calls == 16 - calls // 2 * 2
+    assert_identical(model, history)
+
+
+def train_on(path):
+    model = Net()
+    fit(model, rows(300), epochs=6, checkpoint=path, checkpoint_every=7, resume=True, **OPTIONS)
+    torch.save(model.state_dict(), path.with_suffix(".weights"))
+
+
+def life(path, seconds=None):
+    """A process that trains, and is killed after some time. Returns whether that came before its end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            train_on(path)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def kill_ten_times(folder):
+    torch.set_num_threads(1)
+    train_on(folder / "undisturbed.pt")  # here, so that all that torch loads late is loaded
+    start = time.monotonic()
+    life(folder / "left alone.pt")
+    duration = time.monotonic() - start
+    undisturbed = torch.load(folder / "undisturbed.weights")
+    kills, lost, found = 0, 0, 0
+    while kills < 10:
+        path = folder / f"{lost}-{kills}.pt"
+        if not life(path, random.uniform(0, duration)):
+            lost += 1  # it ended first, this machine being faster now
+            assert lost < 100
+            continue
+        kills, found = kills + 1, found + path.exists()
+        life(path)
+        assert same(torch.load(path.with_suffix(".weights")), undisturbed), f"kill {kills} changed the training"
+        assert not path.with_name(path.name + ".tmp").exists()
+    print(f"{kills} kills, {found} after a checkpoint")
+
+
+def test_a_training_killed_at_a_random_moment_ends_with_the_weights_of_one_left_alone(tmp_path):
+    """Ten times, by SIGKILL, from a process that only forks: see ``kill_ten_times``."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("10 kills")
+
+
 def test_several_stops_are_as_good_as_one(tmp_path):
     for epochs in (1, 2, 3, 4):
         model = Net(seed=epochs)
@@ -281,7 +361,7 @@ def test_a_loss_that_is_not_finite_is_named_and_leaves_weights_and_checkpoint(va
             return loss
 
     model = Bad()
-    with pytest.raises(FloatingPointError, match=rf"'{field}' is -?(nan|inf) at epoch 2, step 2"):
+    with pytest.raises(FloatingPointError, match=rf"'{field}' is -?(nan|inf).* at epoch 2, step 2, on rows "):
         fit(model, rows(), epochs=3, checkpoint=path, **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model.parameters_before, strict=True))
     reference = Net()
@@ -302,10 +382,10 @@ def test_a_gradient_that_is_not_finite_never_reaches_weights_or_checkpoint(tmp_p
             return loss
 
     model = Bad()
-    with pytest.raises(FloatingPointError, match="gradient's norm is nan at epoch 2, step 3"):
+    with pytest.raises(FloatingPointError, match=r"^'gradient norm' is nan at epoch 2, step 3"):
         fit(model, rows(), epochs=3, checkpoint=path, **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model.parameters_before, strict=True))
-    assert torch.load(path, weights_only=True)["epoch"] == 1
+    assert torch.load(path, weights_only=True)["steps"] == 4
 
 
 OTHER = {
@@ -401,8 +481,14 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_the_training_can_go_on
 
 
 BAD = {
+    "no clip": (dict(clip=0.0), "clip must be a positive norm or None, got 0.0"),
+    "nowhere to write": (dict(checkpoint_every=3), "checkpoint_every must be .* with a checkpoint to write to, got 3"),
+    "every zero steps": (dict(checkpoint="a.pt", checkpoint_every=0), "checkpoint_every must be at least 1.* got 0"),
+    "precision": (dict(precision="half"), '"auto", "float32" or "bf16", got .half'),
+    "compile": (dict(compile="fast"), 'False, True or "reduce-overhead", got .fast'),
+    "graphs on the CPU": (dict(compile="reduce-overhead"), "captures CUDA graphs, the device is cpu: pass compile=Tr"),
     "no epoch": (dict(epochs=0), "epochs must be at least 1.*epochs=0"),
-    "no batch": (dict(batch_size=0), "batch_size between 1 and n, got .*batch_size=0"),
+    "no batch": (dict(batch_size=0), "batch_size a multiple .* between 1 and n, got .*batch_size=0"),
     "batch above n": (dict(batch_size=23), "batch_size=23, n=22"),
     "no data": (dict(x=rows(0)), "n=0"),
     "y of other length": (dict(y=torch.arange(21)), "one row for each row of x, got 21 and 22"),
@@ -414,6 +500,133 @@ def test_arguments_that_do_not_fit_are_named(name):
     arguments, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         fit(Net(), **{"x": rows(), "epochs": 1, **OPTIONS, **arguments})
+
+
+# ---- clipping, precision, compilation ---------------------------------------------------------------------------
+
+
+class Line(nn.Module):
+    """One weight w, the gradient 10 w at first; Adam would hide its length from the weights, not from the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+    def loss(self, x, y=None, *, generator=None):
+        return dataclasses.make_dataclass("L", ["total"])(5 * self.w.square().sum().expand(len(x)))
+
+
+@pytest.mark.parametrize(("clip", "length"), [(None, 50.0), (70.0, 50.0), (2.0, 2.0)])
+def test_a_gradient_longer_than_clip_is_shortened_to_it(clip, length):
+    model = Line()
+    fit(model, rows(), epochs=1, clip=clip, **{**OPTIONS, "batch_size": 22})
+    torch.testing.assert_close(model.w.grad, torch.tensor([0.6, 0.8]) * length)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("auto", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_precision_is_that_of_the_matrix_products_and_never_of_weights_and_gradients(precision, dtype):
+    """On the CPU "auto" is float32."""
+    seen = []
+
+    class Watched(Net):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.append(out.dtype)
+            return out
+
+    model = Watched()
+    history = fit(model, rows(200), epochs=20, precision=precision, **{**OPTIONS, "batch_size": 20})
+    assert set(seen) == {dtype}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert history["error"][-20:].mean() < 0.5 * history["error"][:5].mean()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_asks_a_cuda_device_whether_it_has_bf16_itself(native, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: enabled)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
+    assert train._autocast("auto", torch.device("cuda")) == native
+    assert not train._autocast("float32", torch.device("cuda"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+def test_a_compiled_loss_gives_the_same_training(monkeypatch):
+    """Traced with its gradient, generator and all; the kernels that torch would then write are torch's to test."""
+    plain, compiled = Net(), Net()
+    expected = fit(plain, rows(), torch.arange(22), epochs=2, **OPTIONS)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    history = fit(compiled, rows(), torch.arange(22), epochs=2, compile=True, **OPTIONS)
+    for name, value in state(plain).items():
+        torch.testing.assert_close(state(compiled)[name], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(history["total"], expected["total"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("compile", "mode"), [(True, None), ("reduce-overhead", "reduce-overhead")])
+def test_what_is_asked_of_the_compiler(compile, mode, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: options)
+    assert train._compiled(None, compile, torch.device("cuda")) == {"dynamic": False, "mode": mode}
+
+
+# ---- opposing players -------------------------------------------------------------------------------------------
+
+
+class Game(nn.Module):
+    """u minimises E (u - x)²/2 + u v, v minimises v²/2 - u v: at the only equilibrium both are E x / 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = (nn.Parameter(torch.tensor(w, dtype=torch.float64)) for w in (2.0, -1.0))
+        self.log = []
+
+    @property
+    def players(self):
+        return {"v": ([self.v], 2), "u": ([self.u], 1)}
+
+    def loss(self, x, y=None, *, generator=None, player):
+        self.log.append((player, self.u.item(), self.v.item()))
+        product = (self.u * self.v).expand(len(x))
+        if player == "u":
+            fit = (self.u - x[:, 0]).square() / 2
+            return dataclasses.make_dataclass("U", ["total", "fit"])(fit + product, fit)
+        return dataclasses.make_dataclass("V", ["total"])(self.v**2 / 2 - product)
+
+
+def test_players_take_turns_and_each_changes_its_own_parameters():
+    model = Game()
+    history = fit(model, rows(60, dtype=torch.float64), epochs=1, **OPTIONS)
+    assert [player for player, *_ in model.log] == ["v", "v", "u"] * 4
+    for (player, u, v), (_, next_u, next_v) in zip(model.log, model.log[1:], strict=False):
+        assert (u == next_u) == (player == "v") and (v == next_v) == (player == "u")
+    assert {name: len(values) for name, values in history.items()} == {"v total": 8, "u total": 4, "u fit": 4}
+
+
+def test_players_find_the_equilibrium():
+    x, model = rows(30, 1, dtype=torch.float64), Game()
+    fit(model, x, epochs=1500, schedule=lambda t: (1 - t) ** 2, **{**OPTIONS, "batch_size": 30})
+    assert model.u.item() == pytest.approx(x.mean().item() / 2, abs=1e-3)
+    assert model.v.item() == pytest.approx(x.mean().item() / 2, abs=1e-3)
+
+
+def test_players_resume_in_the_middle_of_a_round(tmp_path):
+    x, options = rows(20, dtype=torch.float64), dict(checkpoint=tmp_path / "state.pt", **OPTIONS)  # four steps an epoch
+    reference = Game()
+    expected = fit(reference, x, epochs=5, **OPTIONS)
+    fit(Game(), x, epochs=2, **options)
+    model = Game()
+    history = fit(model, x, epochs=5, resume=True, **options)
+    assert same(state(model), state(reference)) and same(history, expected)
+
+
+def test_the_player_whose_term_is_not_finite_is_named():
+    class Bad(Game):
+        def loss(self, x, y=None, *, generator=None, player):
+            loss = super().loss(x, y, player=player)
+            return dataclasses.replace(loss, fit=loss.fit * torch.nan) if player == "u" else loss
+
+    with pytest.raises(FloatingPointError, match=r"^'u fit' is nan at epoch 1, step 2, on rows"):
+        fit(Bad(), rows(60, dtype=torch.float64), epochs=1, **OPTIONS)
 
 
 # ---- progress and device ----------------------------------------------------------------------------------------
@@ -438,7 +651,8 @@ def test_auto_is_cuda_where_it_is(cuda, monkeypatch):
     assert train.pick_device(torch.device("meta")).type == "meta"
 
 
-def test_on_a_gpu_it_resumes_and_returns_history_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"precision": "bf16"}, {"compile": "reduce-overhead"}], ids=str)
+def test_on_a_gpu_it_resumes_and_returns_history_on_the_cpu(more, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
 
@@ -448,7 +662,7 @@ def test_on_a_gpu_it_resumes_and_returns_history_on_the_cpu(tmp_path):
             error = (self(x + 0.1 * eps) - x).square().sum(1)
             return Loss(error, error, eps.sum(1))
 
-    options = {**OPTIONS, "device": "auto"}
+    options = {**OPTIONS, **more, "device": "auto"}
     whole, path = OnDevice(), tmp_path / "state.pt"
     history = fit(whole, rows(), epochs=4, **options)
     fit(OnDevice(), rows(), epochs=2, checkpoint=path, **options)
@@ -456,3 +670,25 @@ def test_on_a_gpu_it_resumes_and_returns_history_on_the_cpu(tmp_path):
     assert next(model.parameters()).is_cuda and history["total"].device.type == "cpu"
     for name in history:
         torch.testing.assert_close(resumed[name], history[name], rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    kill_ten_times(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "foreign"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_kept(damage, tmp_path):
+    path, x = tmp_path / "a.pt", torch.rand(8, 3)
+    model = Autoencoder(torch.nn.Linear(3, 2), torch.nn.Linear(2, 3), 2)
+    fit(model, x, epochs=1, batch_size=4, device="cpu", checkpoint=path)
+    if damage == "text":
+        path.write_text("no checkpoint")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        torch.save({"weights": torch.zeros(2)}, path)
+    before, weights = path.read_bytes(), [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"a\.pt is (no checkpoint|of another training)"):
+        fit(model, x, epochs=2, batch_size=4, device="cpu", checkpoint=path, resume=True)
+    assert path.read_bytes() == before
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))

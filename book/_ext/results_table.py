@@ -1,4 +1,4 @@
-"""Sphinx extension: a table drawn from recorded runs, so that no measured number is typed by hand.
+"""Sphinx extension: tables and plots drawn from recorded runs, so that no measured number is typed by hand.
 
 .. code-block:: none
 
@@ -8,12 +8,19 @@
     The caption, in MyST.
     ```
 
-has a column for each model, read from ``book/results/<model>/<record>.json``, and a row for each metric. The
-line below it says on what the runs were made, and by which commands.
+has a column for each model, read from ``book/results/<model>/<record>.json``, and a row for each metric (all of
+them without ``:rows:``). The line below it says on what the runs were made, and by which commands.
+
+.. code-block:: none
+
+    ```{results-all}
+    ```
+
+shows all records that there are: for each set of runs that can stand side by side a table, a plot of the metrics with
+several sources of codes, what the runs cost, and a picture of samples of each model.
 """
 
-import json
-import math
+import os
 from pathlib import Path
 
 from docutils import nodes
@@ -21,17 +28,22 @@ from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
+from gae_core import records
 
-def cell(metric: dict) -> str:
-    """Mean and standard error, rounded to the first two digits of the error (three of the mean where there is none)."""
-    mean, error = metric["mean"], metric["standard error"]
-    smallest = error or abs(mean) / 10
-    digits = 0 if smallest == 0 else max(0, 1 - math.floor(math.log10(smallest)))
-    text = f"{mean:,.{digits}f}"
-    return text if error is None else f"{text} ± {error:.{digits}f}"
+RESULTS = "book/results"
 
 
-class ResultsTable(SphinxDirective):
+class Parsing(SphinxDirective):
+    """A directive that writes MyST and has it read."""
+
+    def parse(self, text: str) -> list[nodes.Node]:
+        """Nodes of a text in MyST."""
+        box = nodes.Element()
+        self.state.nested_parse(StringList(text.split("\n"), self.name), self.content_offset, box)
+        return box.children
+
+
+class ResultsTable(Parsing):
     """The ``results-table`` directive: arguments are the models, options the record and its rows."""
 
     required_arguments = 1
@@ -45,50 +57,110 @@ class ResultsTable(SphinxDirective):
 
     def run(self):
         """Return the table node and the paragraph on where the numbers come from."""
-        records = {}
+        found = []
         for model in self.arguments:
-            file = f"book/results/{model}/{self.options['record']}.json"
+            file = f"{RESULTS}/{model}/{self.options['record']}.json"
             path = Path(self.env.srcdir) / file
             if not path.exists():
                 raise self.error(f"results-table: there is no {file}; `python -m gae_core run {model}` makes it")
             self.env.note_dependency(str(path))
-            records[model] = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row.strip() for row in self.options["rows"].split(";")]
-        for model, record in records.items():
-            if missing := [row for row in rows if row not in record["metrics"]]:
-                raise self.error(f"results-table: {model} has no {missing}; it has {list(record['metrics'])}")
-
-        lines = ["| | " + " | ".join(model.replace("_", " ") for model in records) + " |"]
-        lines.append("|---|" + "---:|" * len(records))
-        lines += [f"| {row} | " + " | ".join(cell(r["metrics"][row]) for r in records.values()) + " |" for row in rows]
-        box = nodes.Element()
-        self.state.nested_parse(StringList(lines, "results-table"), self.content_offset, box)
-        table = next(box.findall(nodes.table))
-        text = nodes.Element()
-        self.state.nested_parse(self.content, self.content_offset, text)
-        table.insert(0, nodes.title("", "", *(text[0].children if text.children else [])))
+            found.append(records.check(path))
+        rows = self.options.get("rows")
+        try:
+            lines = records.table(found, rows and [row.strip() for row in rows.split(";")])
+            below = self.parse(records.origin(found))
+        except ValueError as error:
+            raise self.error(f"results-table: {error}") from error
+        table = next(node for node in self.parse(lines) if isinstance(node, nodes.table))
+        caption = self.parse("\n".join(self.content))
+        table.insert(0, nodes.title("", "", *(caption[0].children if caption else [])))
         self.add_name(table)
-        return [table, nodes.paragraph("", "", *self._origin(list(records.values())))]
+        return [table, *below]
 
-    @staticmethod
-    def _origin(records: list[dict]) -> list[nodes.Node]:
-        first = records[0]
-        alike = ("device", "epochs", "seeds", "data", "torch", "date")
-        if any(r[key] != first[key] for r in records for key in alike[:4]):
-            raise ValueError(f"results-table: the records differ in one of {', '.join(alike[:4])}: not one table")
-        seconds = sum(r["training seconds"] for r in records)
-        told = (
-            f"Device: {first['device']}. Data: {first['data']}. Epochs: {first['epochs']}. "
-            f"Seeds: {', '.join(map(str, first['seeds']))}. Training in all: {seconds / 60:.0f} minutes. "
-            f"torch {first['torch']}, {first['date']}. Made by "
+
+class ResultsAll(Parsing):
+    """The ``results-all`` directive: everything in ``book/results``."""
+
+    def run(self):
+        """Return what :class:`ResultsTable` and figures make of each group of records."""
+        folder = Path(self.env.srcdir) / RESULTS
+        self.env.note_reread()  # a new record is no change of a page that names none
+        page = Path(self.env.doc2path(self.env.docname)).parent
+        groups = records.groups(folder)
+        if not groups:
+            return self.parse("There is no recorded run yet. `python -m gae_core run all` makes them.")
+        text = []
+        for i, (title, group) in enumerate(groups.items()):
+            stem = f"{group[0]['data']}-{group[0]['size']}"
+            names = [record["model"] for record in group]
+            text += [f"```{{rubric}} {title}\n```"]
+            text += [f"```{{results-table}} {' '.join(names)}\n:record: {stem}\n{title}: all metrics.\n```"]
+            plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-{i}.png"
+            if draw(group, plot):
+                caption = "Mean over seeds with its standard error. The dashed line is what real images get."
+                alt = (
+                    f"Fréchet distance by source of the codes, for {', '.join(names)}; the table above has the numbers."
+                )
+                text.append(figure(plot, page, alt, f"{title}. {caption}"))
+            text.append(cost(group))
+            for name in names:
+                picture = folder / name / f"{stem}.png"
+                if picture.exists():
+                    alt = f"Images from the model {name}, in one grid for each source of codes."
+                    caption = f"{name.replace('_', ' ')}: images of its first seed from each source of codes."
+                    text.append(figure(picture, page, alt, caption))
+        return self.parse("\n\n".join(text))
+
+
+def figure(path: Path, page: Path, alt: str, caption: str) -> str:
+    """A figure in MyST."""
+    return f"```{{figure}} {Path(os.path.relpath(path, page)).as_posix()}\n:alt: {alt}\n\n{caption}\n```"
+
+
+def cost(group: list[dict]) -> str:
+    """What the runs of a group took, as a table in Markdown."""
+    lines = ["| | samples a second | training, s | peak memory, MiB | of | commit |", "|---|---:|---:|---:|---|---|"]
+    for r in group:
+        peak, of = r["peak memory, MiB"], r.get("peak memory of", "")
+        lines.append(
+            f"| {r['model'].replace('_', ' ')} | {r['samples a second']:,.0f} | {r['training seconds']:,.0f} "
+            f"| {'–' if peak is None else f'{peak:,.0f}'} | {of} | {r['commit'] or '–'} |"
         )
-        out: list[nodes.Node] = [nodes.Text(told)]
-        for i, record in enumerate(records):
-            out += [nodes.Text(", " if i else ""), nodes.literal("", record["command"])]
-        return [*out, nodes.Text(".")]
+    return "\n".join(lines)
+
+
+def draw(group: list[dict], path: Path) -> bool:
+    """Draw the Fréchet distances of a group, with standard errors; False if it has none."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    start, real = "Fréchet, ", "Fréchet, real images"
+    rows = [key for key in group[0]["metrics"] if key.startswith(start) and key != real]
+    if not rows:
+        return False
+    fig, ax = plt.subplots(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    for i, record in enumerate(group):
+        found = [record["metrics"][row] for row in rows]
+        at = [y + 0.15 * (i - (len(group) - 1) / 2) for y in range(len(rows))]
+        error = [m["standard error"] or 0 for m in found]
+        label = record["model"].replace("_", " ")
+        ax.errorbar([m["mean"] for m in found], at, xerr=error, fmt="o", ms=4, capsize=3, label=label)
+    if real in group[0]["metrics"]:
+        ax.axvline(group[0]["metrics"][real]["mean"], color="grey", linestyle="--", linewidth=1)
+    ax.set(yticks=range(len(rows)), yticklabels=[row.removeprefix(start) for row in rows], xscale="log")
+    ax.set_xlabel("Fréchet distance in the features of the classifier")
+    ax.invert_yaxis()
+    ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+    return True
 
 
 def setup(app):
-    """Register the directive."""
+    """Register the directives."""
     app.add_directive("results-table", ResultsTable)
+    app.add_directive("results-all", ResultsAll)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

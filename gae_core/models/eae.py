@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor, nn
 
+from gae_core import parallel
 from gae_core.entropy import knn_local_entropy
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.normalization import CodeBatchNorm
@@ -59,5 +60,8 @@ class EAE(Autoencoder):
         """Loss on a batch; ``y`` and ``generator`` are there for the common interface and not used."""
         z = self.encode(x)
         reconstruction = (x - self.decode(z)).square().flatten(1).sum(1)
-        entropy = knn_local_entropy(z, self.k)
+        if self.training:  # on several processes, neighbours are sought among the codes of all
+            entropy = parallel.own(knn_local_entropy(parallel.gather(z), self.k))
+        else:
+            entropy = knn_local_entropy(z, self.k)
         return EAELoss(reconstruction - self.lam * entropy, reconstruction, entropy)

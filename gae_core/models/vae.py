@@ -1,0 +1,144 @@
+"""The variational autoencoder (Kingma and Welling, ICLR 2014). Likelihoods and divergences are in nats."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from gae_core import parallel
+from gae_core.gaussian import kl_to_standard_normal, standard_normal_log_prob
+from gae_core.models.autoencoder import Autoencoder
+
+
+@dataclass(frozen=True)
+class VAELoss:
+    """Terms of the loss, each of shape (batch,).
+
+    Attributes:
+        total: reconstruction + beta * kl, what is minimised; for beta = 1 its expectation bounds -log p(x) from above.
+        reconstruction: -log p(x | z) at one z drawn from q(z | x), with all its constants.
+        kl: KL(q(z | x) || p(z)), in closed form.
+    """
+
+    total: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+class VAE(Autoencoder):
+    r"""Autoencoder with a distribution at either end: :math:`q(z|x)` from the encoder, :math:`p(x|z)` from the decoder.
+
+    .. math:: -\log p(x|z) + \beta\,\mathrm{KL}\bigl(q(z|x)\,\|\,N(0, I)\bigr), \qquad
+        z = \mu(x) + \sigma(x) \odot \epsilon \sim q(z|x)
+
+    The likelihood is one of
+
+    - ``"bernoulli"``: independent binary entries with the decoder's output as logits. It is a likelihood for entries 0
+      and 1 alone. Grey values train as well, on the cross-entropy that is common for them, but what they give is no
+      -log p(x): the density that it implies does not integrate to 1. Measures of the likelihood refuse them.
+    - ``"gaussian"``: :math:`N(x; m(z), \sigma^2 I)` with the decoder's output as means m. Its -log p(x|z) is the
+      squared error over :math:`2\sigma^2`, plus :math:`\tfrac12\log 2\pi\sigma^2` an entry.
+
+    ``encode`` gives the mean of q, ``decode`` the mean of p(x | z), and ``sample`` decodes codes drawn from N(0, I) to
+    such means, without the noise of p(x | z).
+
+    Source: Kingma and Welling, *Auto-encoding variational Bayes*, ICLR 2014; beta: Higgins et al., ICLR 2017.
+
+    Args:
+        encoder: module x (batch, ...) -> (batch, 2 * dim), the means beside the logarithms of the variances.
+        decoder: module z (batch, dim) -> x (batch, ...), logits or means.
+        dim: dimension of the code.
+        likelihood: "bernoulli" or "gaussian".
+        beta: weight of the divergence.
+        sigma: standard deviation of the Gaussian likelihood, the same for all entries; None learns it, from 1.
+
+    Raises:
+        ValueError: for another likelihood, a negative ``beta``, a ``sigma`` that is not positive or has no use; and
+            when used, if encoder or decoder give other shapes.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        dim: int,
+        *,
+        likelihood: str = "bernoulli",
+        beta: float = 1.0,
+        sigma: float | None = 1.0,
+    ) -> None:
+        super().__init__(encoder, decoder, dim)
+        if likelihood not in ("bernoulli", "gaussian"):
+            raise ValueError(f'likelihood must be "bernoulli" or "gaussian", got {likelihood!r}')
+        if not beta >= 0:
+            raise ValueError(f"beta must be at least 0, got {beta}")
+        if likelihood == "bernoulli" and sigma != 1.0:
+            raise ValueError(f"sigma must be left out for a Bernoulli likelihood, which has none, got {sigma}")
+        if sigma is not None and not 0 < sigma < math.inf:
+            raise ValueError(f"sigma must be a positive number, or None to learn it, got {sigma}")
+        self.likelihood, self.beta = likelihood, beta
+        if sigma is None:
+            self.log_sigma = nn.Parameter(torch.zeros(()))
+        else:
+            self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance of q(z | x), each (batch, dim), in the precision of x."""
+        parameters = self.encoder(x).to(x.dtype)  # autocast would round the divergence
+        if parameters.shape != (len(x), 2 * self.dim):
+            raise ValueError(f"encoder must give shape {(len(x), 2 * self.dim)}, got {tuple(parameters.shape)}")
+        mu, logvar = parameters.chunk(2, dim=1)
+        return mu, logvar
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Means (batch, dim) of q(z | x)."""
+        return self.posterior(x)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Means (batch, ...) of p(x | z)."""
+        output = self.decoder(z)
+        return output.sigmoid() if self.likelihood == "bernoulli" else output
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """Logarithms of p(x | z) for each x (batch, ...) at its z (batch, dim), shape (batch,)."""
+        output = self.decoder(z).to(x.dtype)
+        if output.shape != x.shape:
+            raise ValueError(f"decoder must give the shape of x, {tuple(x.shape)}, got {tuple(output.shape)}")
+        if self.likelihood == "bernoulli":
+            return -F.binary_cross_entropy_with_logits(output, x, reduction="none").flatten(1).sum(1)
+        residual = ((x - output) / self.log_sigma.exp()).flatten(1)
+        return standard_normal_log_prob(residual) - residual.shape[1] * self.log_sigma
+
+    def log_weights(self, x: Tensor, eps: Tensor) -> Tensor:
+        r"""Logarithms of importance weights :math:`p(x|z)\,p(z)\,/\,q(z|x)`; the weights' mean estimates p(x).
+
+        Args:
+            x: data, (batch, ...); for a Bernoulli likelihood all entries 0 or 1.
+            eps: standard normal noise, (batch, samples, dim), from which z is made.
+
+        Returns:
+            Logarithms, (batch, samples).
+
+        Raises:
+            ValueError: if ``x`` has no Bernoulli likelihood.
+        """
+        if self.likelihood == "bernoulli" and not ((x == 0) | (x == 1)).all():
+            raise ValueError(
+                "x must have entries 0 and 1 alone, got others: grey values have no Bernoulli likelihood; "
+                "binarise them, for example by torch.bernoulli(x, generator=...), and say so beside the figure"
+            )
+        mu, logvar = (v[:, None] for v in self.posterior(x))
+        z = mu + (0.5 * logvar).exp() * eps
+        log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
+        rows = x.repeat_interleave(eps.shape[1], dim=0)
+        log_likelihood = self.log_likelihood(rows, z.flatten(0, 1)).view(eps.shape[:2])
+        return log_likelihood + standard_normal_log_prob(z) - log_q
+
+    def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
+        """Loss on a batch with one z for each x, its noise from ``generator``; ``y`` is not used."""
+        mu, logvar = self.posterior(x)
+        z = mu + (0.5 * logvar).exp() * parallel.randn_like(mu, generator=generator)
+        reconstruction, kl = -self.log_likelihood(x, z), kl_to_standard_normal(mu, logvar)
+        return VAELoss(reconstruction + self.beta * kl, reconstruction, kl)

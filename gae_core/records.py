@@ -1,0 +1,155 @@
+"""Records of runs: read, written, and drawn as tables. No number in a results section is typed by hand."""
+
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "book" / "results"
+
+KEYS = (
+    *("model", "data", "size", "command", "epochs", "seeds", "device", "torch", "date", "commit"),
+    *("training seconds", "samples a second", "peak memory, MiB", "metrics"),
+)
+
+
+def read(path: Path) -> dict:
+    """The record in a file, empty if there is none.
+
+    Raises:
+        ValueError: if the file is none, with its name.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no record: {error}") from error
+
+
+def write(path: Path, record: dict) -> None:
+    """Write a record beside its file and rename it: a crash leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def writable(folder: Path) -> None:
+    """Make a folder and make sure that files can be written into it.
+
+    Raises:
+        OSError: if not, with the folder in the message.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+def may_replace(path: Path, device: str) -> None:
+    """Make sure that a record made on ``device`` may take the place of the one at ``path``, if there is one.
+
+    Raises:
+        FileExistsError: if a run on the CPU would replace one on a GPU.
+    """
+    if device == "CPU" and read(path).get("device", "CPU") != "CPU":
+        raise FileExistsError(f"{path} is the record of a GPU, this would be one of a CPU: move it away first")
+
+
+def summary(values: Sequence[float]) -> dict:
+    """Mean, its standard error (None for a single value), and the values by seed."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard error": error, "by seed": list(values)}
+
+
+def check(path: Path) -> dict:
+    """Read a record and make sure that it is whole and says of itself what its place says.
+
+    Raises:
+        ValueError: if a key is missing, the place is another's, or a metric does not follow from its values.
+    """
+    record = read(path)
+    if missing := [key for key in KEYS if key not in record]:
+        raise ValueError(f"{path} is no record of a run: it lacks {', '.join(missing)}")
+    place = f"{record['model']}/{record['data']}-{record['size']}.json"
+    if path.parts[-2:] != tuple(place.split("/")):
+        raise ValueError(f"{path} is the record of {place}")
+    for name, metric in record["metrics"].items():
+        told, right = (metric["mean"], metric["standard error"] or 0), summary(metric["by seed"])
+        if len(metric["by seed"]) != len(record["seeds"]) or not all(
+            math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+            for a, b in zip(told, (right["mean"], right["standard error"] or 0), strict=True)
+        ):
+            raise ValueError(f"{path}: mean or standard error of {name!r} does not follow from its values by seed")
+    return record
+
+
+def groups(folder: Path = RESULTS, order: Sequence[str] = ()) -> dict[str, list[dict]]:
+    """All records in a folder, grouped by what the columns of one table must share.
+
+    Args:
+        folder: holds ``<model>/<data>-<size>.json``; records of unfinished runs are left out.
+        order: models that come first, in this order.
+
+    Returns:
+        Title that says what is shared -> records.
+    """
+    found: dict[str, list[dict]] = {}
+    rank = {name: i for i, name in enumerate(order)}
+    paths = [path for path in folder.glob("*/*.json") if not path.name.endswith(".part.json")]
+    for path in sorted(paths, key=lambda path: (path.name, rank.get(path.parent.name, len(rank)), path)):
+        record = check(path)
+        seeds = ", ".join(map(str, record["seeds"]))
+        title = f"{record['data']}, size {record['size']}, {record['device']}, {record['epochs']} epochs, seeds {seeds}"
+        found.setdefault(title, []).append(record)
+    return found
+
+
+def cell(metric: dict | None) -> str:
+    """Mean and standard error, rounded to the first two digits of the error (three of the mean where there is none)."""
+    if metric is None:
+        return "–"
+    mean, error = metric["mean"], metric["standard error"]
+    smallest = error or abs(mean) / 10
+    digits = 0 if smallest == 0 else max(0, 1 - math.floor(math.log10(smallest)))
+    text = f"{mean:,.{digits}f}"
+    return text if error is None else f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.{digits}f}"
+
+
+def table(records: Sequence[dict], rows: Sequence[str] | None = None) -> str:
+    """A table in Markdown: a column for each record, a row for each metric (all, if ``rows`` is None).
+
+    Raises:
+        ValueError: for a row that no record has.
+    """
+    known = list(dict.fromkeys(key for record in records for key in record["metrics"]))
+    rows = known if rows is None else rows
+    if missing := set(rows) - set(known):
+        raise ValueError(f"rows must be metrics of the records, got {sorted(missing)}; there are {known}")
+    lines = ["| | " + " | ".join(record["model"].replace("_", " ") for record in records) + " |"]
+    lines.append("|---|" + "---:|" * len(records))
+    lines += [f"| {row} | " + " | ".join(cell(r["metrics"].get(row)) for r in records) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def origin(records: Sequence[dict]) -> str:
+    """How the records of a table were made, in Markdown.
+
+    Raises:
+        ValueError: if they differ in device, epochs, seeds or data.
+    """
+    first = records[0]
+    alike = ("device", "epochs", "seeds", "data")
+    if any(r[key] != first[key] for r in records for key in alike):
+        raise ValueError(f"the records differ in one of {', '.join(alike)}: not one table")
+    seconds = sum(r["training seconds"] for r in records)
+    took = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    commands = ", ".join(f"`{r['command']}`" for r in records)
+    judge = first.get("classifier")
+    return (
+        f"Device: {first['device']}. Data: {first['data']}. Epochs: {first['epochs']}. "
+        f"Seeds: {', '.join(map(str, first['seeds']))}. Training in all: {took}. "
+        + (f"The classifier of the features is right on {judge['accuracy']:.2%} of the test images. " if judge else "")
+        + f"torch {first['torch']}, {first['date']}. Made by {commands}."
+    )

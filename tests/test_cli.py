@@ -1,0 +1,109 @@
+"""The command line: what it does, and what it says to those who get it wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gae_core import data, experiments
+from gae_core.__main__ import DATA, main
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setenv("GAE_DATA", str(tmp_path / "data"))
+    monkeypatch.setitem(experiments.SIZES, "short", experiments.Size(experiments.SIZES["short"].pair, 3))
+    monkeypatch.chdir(tmp_path)
+
+
+def short(*arguments):
+    return [*arguments, "--data", "digits", "--size", "short", "--device", "cpu"]
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "gae_core", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in [*experiments.MODELS, *DATA, *experiments.SIZES])
+
+
+def test_the_data_sets_are_those_that_can_be_loaded():
+    for name in DATA:
+        try:
+            data.load(name)
+        except FileNotFoundError as error:
+            assert f"python -m gae_core data {name}" in str(error)
+
+
+@pytest.mark.parametrize("name", experiments.MODELS)
+def test_train_resume_and_sample(name, tmp_path, capsys):
+    path = tmp_path / "new" / "x.pt"
+    train = short("train", name, "--checkpoint", str(path), "--seed", "2")
+    assert main(train) == 0
+    assert main([*train, "--resume"]) == 0
+    assert main(["sample", str(path), "-n", "6"]) == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_run_all_and_report(capsys, tmp_path):
+    out = ["--out", str(tmp_path / "out")]
+    assert main([*short("run", "all", "--seeds", "0"), *out]) == 0
+    assert len(capsys.readouterr().out.split()) == len(experiments.MODELS)
+    assert main(["report", *out]) == 0
+    table = capsys.readouterr().out
+    assert "| squared error |" in table and all(name.replace("_", " ") in table for name in experiments.MODELS)
+
+
+def test_data_says_what_it_found(capsys):
+    assert main(["data", "digits"]) == 0
+    assert "1,347 training and 450 test images of 8×8 in 10 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "eea"], "do you mean eae?"),
+        (["run", "al"], "do you mean all?"),
+        (["data", "mnits"], "do you mean mnist?"),
+        (["run", "eae", "--size", "fulll"], "do you mean full?"),
+        (["run", "zzz"], "There are: autoencoder"),
+        (["run", "eae", "--seeds", "0,,1"], "whole numbers like 0,1,2"),
+        (["run", "eae", "--seeds", "1,1"], "different"),
+        (["run", "eae", "--seeds", "-1"], "whole numbers"),
+        (["run", "eae", "--device", "gpu"], "auto, cpu, cuda"),
+        (["run", "eae", "--device", "cuda:99"], "CUDA devices here"),
+        ([], "required"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_right(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_failures_return_1_and_say_what_to_do(tmp_path, capsys):
+    (tmp_path / "file").write_text("no checkpoint")
+    checkpoint = str(tmp_path / "eae.pt")
+    assert main(short("train", "eae")) == 0  # writes eae.pt here
+    cases = {
+        "python -m gae_core data mnist": ["run", "eae", "--data", "mnist", "--device", "cpu"],
+        "--resume": short("train", "eae"),
+        "is of another training": short("train", "batch_norm", "--checkpoint", checkpoint, "--resume"),
+        "cannot write into": [*short("run", "eae"), "--out", str(tmp_path / "file")],
+        "is no checkpoint": ["sample", str(tmp_path / "file")],
+        "No such file": ["sample", "missing.pt"],
+        "-n must be": ["sample", checkpoint, "-n", "0"],
+        "run all": ["report", "--out", str(tmp_path / "empty")],
+    }
+    for said, arguments in cases.items():
+        assert main(arguments) == 1, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error, (arguments, error)
