@@ -44,7 +44,7 @@ class Size:
 
 
 SIZES = {
-    "short": Size(functools.partial(nets.mlp_pair, hidden=(256, 128)), 180),  # seconds on two cores, as in notebooks
+    "short": Size(functools.partial(nets.mlp_pair, hidden=(256, 128)), 120),  # seconds on two cores, as in notebooks
     "medium": Size(nets.mlp_pair, 1200),  # minutes on two cores
     "full": Size(nets.conv_pair, 6000),  # for a GPU
 }

@@ -155,10 +155,11 @@ def parts(z):
     return float(moments), float(shape)
 
 
-split = {title: parts(metrics.in_batches(m.encode, images.x_test)) for title, m in models.items()}
+held_out = images.x_test[:: max(1, len(images.x_test) // 5000)]  # every other one of MNIST: its halves differ
+split = {title: parts(metrics.in_batches(m.encode, held_out)) for title, m in models.items()}
 for title, (moments, shape) in split.items():
     print(f"{title:<18} moments {moments:8.2f} nats, shape {shape:5.2f} nats")
-# Of normal codes both parts are 0; moments by 0.05 or less, shape by 0.3, for these numbers of images.
+# For truly normal codes the estimates are 0 to within 0.07 (moments) and 0.2 (shape), at these numbers of images.
 assert split["EAE"][0] < split["batch norm alone"][0] < split["plain autoencoder"][0]
 
 # %% tags=["nbval-check-output"]
