@@ -84,8 +84,8 @@ history = fit(model)
 # %% [markdown]
 # ## Does it generalise?
 #
-# Source 001 of this book says that plain autoencoders generalise badly. We compare the error on images that the
-# training has seen with the error on images that it has not.
+# It is often said that plain autoencoders generalise badly. We compare the error on images that the training has seen
+# with the error on images that it has not.
 
 # %%
 seen = metrics.squared_error(model, images.x_train[: len(images.x_test)]).mean()
