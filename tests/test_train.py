@@ -552,6 +552,7 @@ def test_auto_precision_asks_a_cuda_device_whether_it_has_bf16_itself(native, mo
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of torch about Python 3.13.0
 def test_a_compiled_loss_gives_the_same_training(monkeypatch):
     """Traced with its gradient, generator and all; the kernels that torch would then write are torch's to test."""
     plain, compiled = Net(), Net()
