@@ -168,6 +168,7 @@ def measure(kind: str, device: torch.device, rounds: int) -> list[str]:
     x = torch.randint(256, (ROWS[device.type][kind], *SHAPE), dtype=torch.uint8)
     makers = {"fit": of_fit, "bare loop": of_bare_loop, "pythae": of_pythae}
     makers["pythae, fused Adam"] = functools.partial(of_pythae, fused=True)
+    makers["fit, bf16"] = functools.partial(of_fit, precision="bf16")
     if device.type == "cuda":
         makers["fit, compiled"] = lambda *a: of_fit(*a, compile="reduce-overhead")
     epochs = {}
