@@ -53,6 +53,8 @@ class VAE(Autoencoder):
         likelihood: "bernoulli" or "gaussian".
         beta: weight of the divergence.
         sigma: standard deviation of the Gaussian likelihood, the same for all entries; None learns it, from 1.
+        norm: module that makes (mu, logvar), each (batch, dim), of the two halves of the encoder's output; None takes
+            them as they are.
 
     Raises:
         ValueError: for another likelihood, a negative ``beta``, a ``sigma`` that is not positive or has no use; and
@@ -68,6 +70,7 @@ class VAE(Autoencoder):
         likelihood: str = "bernoulli",
         beta: float = 1.0,
         sigma: float | None = 1.0,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__(encoder, decoder, dim)
         if likelihood not in ("bernoulli", "gaussian"):
@@ -78,7 +81,7 @@ class VAE(Autoencoder):
             raise ValueError(f"sigma must be left out for a Bernoulli likelihood, which has none, got {sigma}")
         if sigma is not None and not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be a positive number, or None to learn it, got {sigma}")
-        self.likelihood, self.beta = likelihood, beta
+        self.likelihood, self.beta, self.norm = likelihood, beta, norm
         if sigma is None:
             self.log_sigma = nn.Parameter(torch.zeros(()))
         else:
@@ -89,8 +92,8 @@ class VAE(Autoencoder):
         parameters = self.encoder(x).to(x.dtype)  # autocast would round the divergence
         if parameters.shape != (len(x), 2 * self.dim):
             raise ValueError(f"encoder must give shape {(len(x), 2 * self.dim)}, got {tuple(parameters.shape)}")
-        mu, logvar = parameters.chunk(2, dim=1)
-        return mu, logvar
+        mu, raw = parameters.chunk(2, dim=1)
+        return (mu, raw) if self.norm is None else self.norm(mu, raw)
 
     def encode(self, x: Tensor) -> Tensor:
         """Means (batch, dim) of q(z | x)."""
