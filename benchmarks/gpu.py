@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in parts: the tests, a recorded run of each model, the benchmark.
+"""Everything that wants a GPU, in parts: the tests, a recorded run of each model and study, the benchmark.
 
 ``python benchmarks/gpu.py --out FOLDER`` runs all parts and leaves ``gpu.tar.gz`` in the folder; ``--part 2`` runs the
 second alone and leaves ``gpu-2.tar.gz``. It needs torch, torchvision, SciPy, scikit-learn, matplotlib and tqdm, no
@@ -58,9 +58,11 @@ def tests_that_can_run() -> list[str]:
 
 def parts(options: argparse.Namespace) -> dict[str, list[list[str]]]:
     """Name of each part -> the commands of Python in it."""
-    how = ["--data", options.data, "--size", options.size, "--seeds", options.seeds, "--device", options.device]
+    how = ["--size", options.size, "--seeds", options.seeds, "--device", options.device]
+    how += ["--data", options.data] if options.data else []
     out = ["--out", str(options.out / "results")]
-    runs = {f"run {name}": [["-m", "gae_core", "run", name, *how, *out]] for name in experiments.MODELS}
+    names = [n for n in (*experiments.MODELS, *experiments.STUDIES) if experiments.runs_on(n, options.data)]
+    runs = {f"run {name}": [["-m", "gae_core", "run", name, *how, *out]] for name in names}
     text = str(options.out / "training.md")
     benchmark = ["benchmarks/training.py", "--device", options.device, "--out", text]
     files = tests_that_can_run() if options.part in (None, 1) else []
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", type=int)
     parser.add_argument("--take", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--data", help="only what can run on it; by default everything, each on its own")
     parser.add_argument("--size", default="full")
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args(arguments)

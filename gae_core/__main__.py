@@ -62,13 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, help="default NAME.pt")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--data", type=images, default="mnist")
 
     run = commands.add_parser("run", help="train, measure, and write book/results/NAME/DATA-SIZE.json")
-    run.add_argument("name", type=_one_of("model", [*experiments.MODELS, "all"]))
+    run.add_argument("name", type=_one_of("model or study", [*experiments.MODELS, *experiments.STUDIES, "all"]))
+    names = dict.fromkeys([*DATA, *(name for _, study in experiments.STUDIES.values() for name in study.data)])
+    run.add_argument("--data", type=_one_of("data set", names), help="default: mnist, or a study's own")
     run.add_argument("--seeds", type=_seeds, default="0,1,2")
     run.add_argument("--out", type=Path, default=records.RESULTS)
     for c in (command, run):
-        c.add_argument("--data", type=images, default="mnist")
         c.add_argument("--size", type=_one_of("size", experiments.SIZES), default="full")
         c.add_argument("--device", type=_device, default="auto")
 
@@ -89,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 def _list(options: argparse.Namespace) -> None:
     models = {name: about for name, (about, _) in experiments.MODELS.items()}
     sizes = {name: f"{size.images:,},000 images seen in training" for name, size in experiments.SIZES.items()}
-    for title, lines in {"Models": models, "Data sets": DATA, "Sizes": sizes}.items():
-        print(title, *(f"  {name:<14}{about}" for name, about in lines.items()), sep="\n")
+    studies = {name: study.about for name, (_, study) in experiments.STUDIES.items()}
+    for title, lines in {"Models": models, "Studies": studies, "Data sets": DATA, "Sizes": sizes}.items():
+        width = max([14, *(len(name) + 2 for name in lines)])
+        print(title, *(f"  {name:<{width}}{about}" for name, about in lines.items()), sep="\n")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -112,10 +116,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    images = data.load(options.data)
     how = {"seeds": options.seeds, "size": options.size, "device": options.device, "out": options.out}
-    for name in experiments.MODELS if options.name == "all" else [options.name]:
-        print(experiments.run(name, images=images, **how), flush=True)
+    every = [name for name in (*experiments.MODELS, *experiments.STUDIES) if experiments.runs_on(name, options.data)]
+    for name in every if options.name == "all" else [options.name]:
+        print(experiments.record(name, data_name=options.data, **how), flush=True)
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -145,7 +149,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    groups = records.groups(options.out, list(experiments.MODELS))
+    groups = records.groups(options.out, [*experiments.MODELS, *experiments.STUDIES])
     if not groups:
         raise FileNotFoundError(f"there is no record in {options.out}: `python -m gae_core run all` makes them")
     print("\n\n".join(f"## {title}\n\n{records.table(g)}\n\n{records.origin(g)}" for title, g in groups.items()))

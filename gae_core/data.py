@@ -65,6 +65,7 @@ def _digits() -> Images:
 
 
 _TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+NAMES = ("digits", *_TORCHVISION)  # of images
 
 
 def load(name: str, *, root: str | Path | None = None, download: bool = False) -> Images:
@@ -82,7 +83,7 @@ def load(name: str, *, root: str | Path | None = None, download: bool = False) -
     if name == "digits":
         return _digits()
     if name not in _TORCHVISION:
-        raise ValueError(f"name must be one of {', '.join(['digits', *_TORCHVISION])}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
     import torchvision
 
     root = data_root(root)

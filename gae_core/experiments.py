@@ -1,13 +1,8 @@
-"""Named training runs, measured and recorded, and the classifier whose features the metrics use."""
+"""Named training runs: the image models that are compared by their samples, and all studies of the chapters."""
 
 import dataclasses
-import datetime
 import functools
-import hashlib
 import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gae_core import data, metrics, nets, plots, records, sampling, train, variational
+from gae_core import data, metrics, nets, plots, recording, sampling, train, variational
+from gae_core.judge import classifier
 from gae_core.models.autoencoder import Autoencoder
-from gae_core.models.classifier import Classifier
 from gae_core.models.eae import EAE
 from gae_core.models.vae import VAE
-from gae_core.records import RESULTS
+from gae_core.records import RESULTS, Outcome, Study
 
 DIM = 8  # of the codes in all recorded runs
 RECIPE = {"batch_size": 128, "lr": 2e-3, "schedule": "1 - t"}  # of the training, likewise
@@ -59,6 +54,9 @@ MODELS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
         lambda pair: VAE(*pair(heads=2, output=nn.Identity), DIM, likelihood="bernoulli"),
     ),
 }
+
+# name -> topic and study
+STUDIES: dict[str, tuple[str, Study]] = {}
 
 
 def build(name: str, shape: Sequence[int], *, size: str, seed: int) -> nn.Module:
@@ -115,42 +113,6 @@ def fit(model: nn.Module, images: data.Images, *, size: str, seed: int, **option
         seed=seed,
         **options,
     )
-
-
-def _classifier_file(images: data.Images, seed: int) -> Path:
-    return data.data_root() / f"classifier-{images.name}-{seed}.pt"
-
-
-def classifier(images: data.Images, *, seed: int = 0) -> Classifier:
-    """The classifier of a data set: trained when first needed, then kept in the data folder with its accuracy.
-
-    It is trained on the CPU wherever the models are: figures in its features can be compared if the weights are equal.
-
-    Args:
-        images: data set that it is trained on and tested with.
-        seed: of its weights and of its training.
-
-    Returns:
-        The classifier on the CPU, in evaluation mode. Its test accuracy is in ``classifier-<name>-<seed>.json`` beside
-        its weights in :func:`gae_core.data.data_root`.
-    """
-    path = _classifier_file(images, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = Classifier(images.shape, int(images.y_train.max()) + 1).eval()
-    if path.exists() and path.with_suffix(".json").exists():
-        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["model"])
-        return model
-    records.writable(path.parent)
-    epochs = max(4, 50_000 // len(images.x_train))
-    options = {"epochs": epochs, "lr": 2e-3, "schedule": lambda t: 1 - t, "seed": seed, "progress": False}
-    train.fit(model, images.x_train, images.y_train, device="cpu", **options)  # weights that can be made again
-    logits = metrics.in_batches(model, images.x_test)
-    accuracy = (logits.argmax(1) == images.y_test).double().mean().item()
-    torch.save({"model": model.state_dict()}, path)
-    about = {"data": images.name, "seed": seed, "epochs": epochs, "accuracy": accuracy}
-    path.with_suffix(".json").write_text(json.dumps(about))  # last: where it is, the weights are whole
-    return model
 
 
 def sample_sources(model: nn.Module, images: data.Images, *, n: int, seed: int) -> dict[str, Tensor]:
@@ -236,129 +198,57 @@ def run(
     device: str = "auto",
     out: Path = RESULTS,
 ) -> Path:
-    """Train a model for each seed, measure it, and record everything that is needed to do it again.
-
-    The record's name has the size, so that a short run never overwrites a full one. Finished seeds are kept in
-    ``<data>-<size>.part.json`` until all are there: a run that was killed goes on with the next seed. A record made
-    by the same code on the same device, with these seeds, is left as it is.
+    """Train an image model for each seed, measure it, and record it: see :func:`gae_core.recording.record`.
 
     Args:
         name: model, a key of ``MODELS``.
         images: data.
-        seeds: one training each, of weights, order and samples. On the CPU the same seed gives the same metrics.
+        seeds: one training each.
         size: key of ``SIZES``.
         device: see :func:`gae_core.train.pick_device`.
         out: folder of the records.
 
     Returns:
-        The record, ``<out>/<name>/<data>-<size>.json``; a picture of samples of the first seed lies beside it.
+        The record; a picture of samples of the first seed lies beside it.
 
     Raises:
-        ValueError: for an unknown model or size, or seeds that are none or not different.
-        FileExistsError: if a CPU run would overwrite the record of a GPU.
-        OSError: if the folder cannot be written; found before anything is trained.
+        ValueError: for an unknown model or size, and as in :func:`gae_core.recording.record`.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different whole numbers, at least one, got {list(seeds)}")
-    model = build(name, images.shape, size=size, seed=0)  # names are checked before anything is trained
-    chosen = train.pick_device(device)
-    same = {  # what runs must agree in to stand in one record
-        "model": name,
-        "data": images.name,
-        "size": size,
-        "epochs": SIZES[size].epochs(len(images.x_train)),
-        **RECIPE,
-        "dim": DIM,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__.split("+")[0],
-        "code": _code(),
-    }
-    path = out / name / f"{images.name}-{size}.json"
-    part = path.with_suffix(".part.json")
-    old, begun = records.read(path), records.read(part)
-    records.may_replace(path, same["device"])
-    if same.items() <= old.items() and set(seeds) <= set(old["seeds"]):
-        return path
-    records.writable(path.parent)
-    runs = begun["runs"] if same.items() <= begun.items() else {}
-    for seed in seeds:
-        if str(seed) not in runs:
-            picture = part.with_suffix(".png") if seed == seeds[0] else None
-            runs[str(seed)] = _run_seed(same, images, seed, chosen, picture)
-            records.write(part, {**same, "runs": runs})
+    build(name, images.shape, size=size, seed=0)  # names are checked before anything is trained
+    epochs = SIZES[size].epochs(len(images.x_train))
 
-    chosen_runs = [runs[str(seed)] for seed in seeds]
-    total = {key: [run[key] for run in chosen_runs] for key in chosen_runs[0]}
-    record = {
-        **same,
-        "command": f"python -m gae_core run {name} --data {images.name} --size {size} "
-        f"--seeds {','.join(map(str, seeds))}",
-        "seeds": list(seeds),
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-        "training seconds": sum(total["training seconds"]),
-        "wall seconds": sum(total["wall seconds"]),
-        "samples a second": sum(total["samples a second"]) / len(seeds),
-        "peak memory, MiB": max(total["peak memory, MiB"]),
-        "peak memory of": "tensors on the device" if chosen.type == "cuda" else "the process since its start",
-        "classifier": records.read(_classifier_file(images, 0).with_suffix(".json")),
-        "metrics": {
-            key: records.summary([metrics[key] for metrics in total["metrics"]]) for key in total["metrics"][0]
-        },
-    }
-    records.write(path, record)
-    part.with_suffix(".png").replace(path.with_suffix(".png"))
-    part.unlink()
-    return path
+    def run_seed(_data: str, _size: str, seed: int, chosen: torch.device) -> Outcome:
+        model = build(name, images.shape, size=size, seed=seed)
+        start = time.perf_counter()
+        fit(model, images, size=size, seed=seed, device=chosen)
+        seconds = time.perf_counter() - start
+        return Outcome(
+            metrics=measure(model, images, seed=seed),
+            parameters=sum(p.numel() for p in model.parameters()),
+            training_seconds=seconds,
+            samples=epochs * (len(images.x_train) // RECIPE["batch_size"]) * RECIPE["batch_size"],
+            figure=plots.image_panels(sample_sources(model, images, n=64, seed=seed), columns=8),
+        )
+
+    settings = {"epochs": epochs, **RECIPE, "dim": DIM}
+    what = Study(MODELS[name][0], (images.name,), lambda *_: settings, run_seed, judged=True)
+    return recording.record(name, what, topic="image models", seeds=seeds, size=size, device=device, out=out)
 
 
-def _run_seed(same: dict, images: data.Images, seed: int, device: torch.device, picture: Path | None) -> dict:
-    """Train and measure one seed."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    model = build(same["model"], images.shape, size=same["size"], seed=seed)
-    start = time.perf_counter()
-    fit(model, images, size=same["size"], seed=seed, device=device)
-    seconds = time.perf_counter() - start
-    peak = _peak_memory(device)  # of the training: before the measuring
-    if picture is not None:
-        figure = plots.image_panels(sample_sources(model, images, n=64, seed=seed), columns=8)
-        figure.savefig(picture, dpi=100)
-        plots.plt.close(figure)
-    measured = measure(model, images, seed=seed)
-    return {
-        "training seconds": seconds,
-        "wall seconds": time.perf_counter() - start,
-        "samples a second": same["epochs"] * (len(images.x_train) // same["batch_size"]) * same["batch_size"] / seconds,
-        "peak memory, MiB": peak,
-        "metrics": measured,
-    }
+def record(name: str, *, data_name: str | None = None, **options) -> Path:
+    """Record a model of ``MODELS`` or a study of ``STUDIES`` by its name.
+
+    Args:
+        name: key of one of the two.
+        data_name: data set; by default MNIST for a model, and a study's own first.
+        **options: as for :func:`run`.
+    """
+    if name in STUDIES:
+        topic, what = STUDIES[name]
+        return recording.record(name, what, topic=topic, data=data_name, **options)
+    return run(name, images=data.load(data_name or "mnist"), **options)
 
 
-def _peak_memory(device: torch.device) -> float:
-    """MiB: of torch's tensors on a CUDA device since the last reset, else of the whole process since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # Windows has none
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _code() -> str:
-    """Digest of the package's sources: equal for runs of the same code, whether committed or not."""
-    folder = Path(__file__).parent
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.rglob("*.py")))).hexdigest()[:12]
-
-
-def _commit() -> str | None:
-    """The checked-out commit, with a plus sign if tracked files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if changed else "")
+def runs_on(name: str, data_name: str | None) -> bool:
+    """Whether a model or study can run on a data set (None: on its own)."""
+    return data_name is None or (data_name in STUDIES[name][1].data if name in STUDIES else data_name in data.NAMES)

@@ -4,8 +4,12 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 
@@ -13,6 +17,46 @@ KEYS = (
     *("model", "data", "size", "command", "epochs", "seeds", "device", "torch", "date", "commit"),
     *("training seconds", "samples a second", "peak memory, MiB", "metrics"),
 )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one seed of a study gave.
+
+    Attributes:
+        metrics: name -> value, with the unit in the name where it is neither nats nor plain.
+        parameters: numbers that were trained.
+        training_seconds: of the training alone.
+        samples: rows that the training saw, over all epochs.
+        curves: name -> values in the course of the training.
+        figure: a matplotlib figure, kept for the first seed.
+    """
+
+    metrics: Mapping[str, float]
+    parameters: int
+    training_seconds: float
+    samples: int
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    figure: Any = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named run that can be recorded.
+
+    Attributes:
+        about: one line on what it is.
+        data: names of the data sets that it can run on, the first of them by default.
+        settings: ``settings(data, size)``: all that runs must agree in to stand in one record, with "epochs" among it.
+        run: ``run(data, size, seed, device)`` trains and measures one seed.
+        judged: whether its metrics use the classifier of the data set, whose accuracy then goes into the record.
+    """
+
+    about: str
+    data: tuple[str, ...]
+    settings: Callable[[str, str], dict]
+    run: Callable[[str, str, int, torch.device], Outcome]
+    judged: bool = False
 
 
 def read(path: Path) -> dict:
@@ -101,7 +145,11 @@ def groups(folder: Path = RESULTS, order: Sequence[str] = ()) -> dict[str, list[
     for path in sorted(paths, key=lambda path: (path.name, rank.get(path.parent.name, len(rank)), path)):
         record = check(path)
         seeds = ", ".join(map(str, record["seeds"]))
-        title = f"{record['data']}, size {record['size']}, {record['device']}, {record['epochs']} epochs, seeds {seeds}"
+        topic = record.get("topic", "image models").replace("_", " ")
+        shared = (
+            f"{record['data']}, size {record['size']}, {record['device']}, {record['epochs']} epochs, seeds {seeds}"
+        )
+        title = f"{topic}: {shared}"
         found.setdefault(title, []).append(record)
     return found
 
@@ -117,8 +165,13 @@ def cell(metric: dict | None) -> str:
     return text if error is None else f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.{digits}f}"
 
 
-def table(records: Sequence[dict], rows: Sequence[str] | None = None) -> str:
+def table(records: Sequence[dict], rows: Sequence[str] | None = None, *, transpose: bool = False) -> str:
     """A table in Markdown: a column for each record, a row for each metric (all, if ``rows`` is None).
+
+    Args:
+        records: what is compared.
+        rows: metrics.
+        transpose: a row for each record and a column for each metric.
 
     Raises:
         ValueError: for a row that no record has.
@@ -127,29 +180,38 @@ def table(records: Sequence[dict], rows: Sequence[str] | None = None) -> str:
     rows = known if rows is None else rows
     if missing := set(rows) - set(known):
         raise ValueError(f"rows must be metrics of the records, got {sorted(missing)}; there are {known}")
-    lines = ["| | " + " | ".join(record["model"].replace("_", " ") for record in records) + " |"]
-    lines.append("|---|" + "---:|" * len(records))
-    lines += [f"| {row} | " + " | ".join(cell(r["metrics"].get(row)) for r in records) + " |" for row in rows]
-    return "\n".join(lines)
+    grid = [["", *(record["model"].replace("_", " ") for record in records)]]
+    grid += [[row, *(cell(record["metrics"].get(row)) for record in records)] for row in rows]
+    head, *body = zip(*grid, strict=True) if transpose else grid
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def origin(records: Sequence[dict]) -> str:
     """How the records of a table were made, in Markdown.
 
     Raises:
-        ValueError: if they differ in device, epochs, seeds or data.
+        ValueError: if they differ in device or data.
     """
     first = records[0]
-    alike = ("device", "epochs", "seeds", "data")
+    alike = ("device", "data")
     if any(r[key] != first[key] for r in records for key in alike):
         raise ValueError(f"the records differ in one of {', '.join(alike)}: not one table")
     seconds = sum(r["training seconds"] for r in records)
     took = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
-    commands = ", ".join(f"`{r['command']}`" for r in records)
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in records))
     judge = first.get("classifier")
+
+    def of(key: str, show: Callable[[Any], str] = str) -> str:
+        """The value that all records share, or each record's."""
+        values = {r["model"].replace("_", " "): show(r[key]) for r in records}
+        if len(set(values.values())) == 1:
+            return show(first[key])
+        return "; ".join(f"{value} ({name})" for name, value in values.items())
+
     return (
-        f"Device: {first['device']}. Data: {first['data']}. Epochs: {first['epochs']}. "
-        f"Seeds: {', '.join(map(str, first['seeds']))}. Training in all: {took}. "
+        f"Device: {first['device']}. Data: {first['data']}. Epochs: {of('epochs')}. "
+        f"Seeds: {of('seeds', lambda seeds: ', '.join(map(str, seeds)))}. Training in all: {took}. "
         + (f"The classifier of the features is right on {judge['accuracy']:.2%} of the test images. " if judge else "")
-        + f"torch {first['torch']}, {first['date']}. Made by {commands}."
+        + f"torch {of('torch')}, {of('date')}. Made by {commands}."
     )

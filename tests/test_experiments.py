@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gae_core import data, experiments, metrics, nets, records, train
+from gae_core import data, experiments, metrics, nets, plots, recording, records, train
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.eae import EAE
 
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_with_the_next_seed(digits, tmp_path, monkeypatch):
     assert seeds == [0, 1, 1], "the finished seed is not trained again"
     assert records.check(path)["metrics"] == whole["metrics"]
     assert go(digits, tmp_path, seeds=[1]) == path and len(seeds) == 3, "what is there is not made again"
-    monkeypatch.setattr(experiments, "_code", lambda: "other code")
+    monkeypatch.setattr(recording, "code", lambda: "other code")
     go(digits, tmp_path, seeds=[1])
     assert seeds[3:] == [1], "other code makes other records"
 
@@ -185,6 +185,51 @@ def test_tables_stand_side_by_side_only_where_they_may(tmp_path):
         records.table(both, ["eror"])
     with pytest.raises(ValueError, match="differ"):
         records.origin(both + alone)
+    rows = records.table(both, transpose=True).split("\n")
+    assert rows[0] == "|  | other | error |" and rows[-1] == "| a | – | 2.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.0 |"
+
+
+def test_what_records_do_not_share_is_told_of_each(tmp_path):
+    found = [
+        records.check(record(tmp_path / name / "mnist-full.json", epochs=epochs))
+        for name, epochs in (("a", 20), ("long_b", 5))
+    ]
+    assert "Epochs: 20 (a); 5 (long b). Seeds: 0, 1." in records.origin(found)
+    assert "Epochs: 20. " in records.origin(found[:1])
+
+
+def coin(data_name, size, seed, device):
+    """A study without a model."""
+    figure, axes = plots.plt.subplots()
+    axes.plot([0, seed])
+    curve = [float(seed), 2.0 * seed]
+    return records.Outcome({"seed": float(seed)}, 3, 0.5, 100, {"curve": curve}, figure)
+
+
+def test_a_study_is_recorded_by_seed(tmp_path):
+    study = records.Study("a coin", ("digits",), lambda data_name, size: {"epochs": 7, "size of it": size}, coin)
+    path = recording.record("coin", study, topic="coins", seeds=(1, 3), size="short", device="cpu", out=tmp_path)
+    found = records.check(path)
+    assert path == tmp_path / "coin" / "digits-short.json" and path.with_suffix(".png").exists()
+    assert found["metrics"]["seed"] == records.summary([1.0, 3.0])
+    assert found["curves"] == {"curve": [[1.0, 2.0], [3.0, 6.0]]}
+    assert (found["topic"], found["size of it"], found["epochs"], found["parameters"]) == ("coins", "short", 7, 3)
+    assert (found["training seconds"], found["samples a second"]) == (1.0, 200.0)
+    assert found["command"] == "python -m gae_core run coin --data digits --size short --seeds 1,3"
+    assert not plots.plt.get_fignums()
+    assert list(records.groups(tmp_path)) == ["coins: digits, size short, CPU, 7 epochs, seeds 1, 3"]
+    with pytest.raises(ValueError, match="data of coin must be one of digits, got 'mnist'"):
+        recording.record("coin", study, topic="coins", data="mnist", out=tmp_path)
+
+
+@pytest.mark.parametrize("name", experiments.STUDIES)
+def test_every_study_says_what_it_is(name):
+    topic, study = experiments.STUDIES[name]
+    assert name not in experiments.MODELS and topic and study.about and study.data
+    for size in experiments.SIZES:
+        for data_name in study.data:
+            assert study.settings(data_name, size)["epochs"] >= 1
+            json.dumps(study.settings(data_name, size))
 
 
 @pytest.mark.parametrize(

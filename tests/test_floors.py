@@ -12,6 +12,8 @@ FLOORS = [
     {*MATHEMATICS, "nets", "data", "parallel"},
     {"models"},
     {"train", "metrics", "variational", "plots", "records"},
+    {"judge"},
+    {"recording", "studies"},
     {"experiments", "__main__"},
 ]
 FILES = sorted((ROOT / "gae_core").rglob("*.py"))

@@ -9,7 +9,8 @@
     ```
 
 has a column for each model, read from ``book/results/<model>/<record>.json``, and a row for each metric (all of
-them without ``:rows:``). The line below it says on what the runs were made, and by which commands.
+them without ``:rows:``); ``:transpose:`` exchanges the two. The line below it says on what the runs were made, and by
+which commands.
 
 .. code-block:: none
 
@@ -47,12 +48,13 @@ class ResultsTable(Parsing):
     """The ``results-table`` directive: arguments are the models, options the record and its rows."""
 
     required_arguments = 1
-    optional_arguments = 20
+    optional_arguments = 40
     has_content = True
     option_spec = {  # noqa: RUF012
         "record": directives.unchanged_required,
         "rows": directives.unchanged_required,
         "name": directives.unchanged,
+        "transpose": directives.flag,
     }
 
     def run(self):
@@ -67,7 +69,8 @@ class ResultsTable(Parsing):
             found.append(records.check(path))
         rows = self.options.get("rows")
         try:
-            lines = records.table(found, rows and [row.strip() for row in rows.split(";")])
+            rows = rows and [row.strip() for row in rows.split(";")]
+            lines = records.table(found, rows, transpose="transpose" in self.options)
             below = self.parse(records.origin(found))
         except ValueError as error:
             raise self.error(f"results-table: {error}") from error
@@ -94,7 +97,8 @@ class ResultsAll(Parsing):
             stem = f"{group[0]['data']}-{group[0]['size']}"
             names = [record["model"] for record in group]
             text += [f"```{{rubric}} {title}\n```"]
-            text += [f"```{{results-table}} {' '.join(names)}\n:record: {stem}\n{title}: all metrics.\n```"]
+            options = f":record: {stem}\n" + (":transpose:\n" if len(names) > 5 else "")
+            text += [f"```{{results-table}} {' '.join(names)}\n{options}{title}: all metrics.\n```"]
             plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-{i}.png"
             if draw(group, plot):
                 caption = "Mean over seeds with its standard error. The dashed line is what real images get."

@@ -1,0 +1,1 @@
+"""What the chapters measure in recorded runs: a file a topic, each with its ``STUDIES``."""
