@@ -55,8 +55,8 @@ MODELS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     ),
 }
 
-# name -> topic and study
-STUDIES: dict[str, tuple[str, Study]] = {}
+TOPICS: dict[str, dict[str, Study]] = {}  # topic, which names a table of the Results page -> its studies
+STUDIES = {name: (topic, study) for topic, studies in TOPICS.items() for name, study in studies.items()}
 
 
 def build(name: str, shape: Sequence[int], *, size: str, seed: int) -> nn.Module:
