@@ -282,3 +282,24 @@ def test_notebook_figure_says_what_is_missing(figure_page, directive, message):
     status, messages, _ = figure_page(directive)
     assert status != 0
     assert message in messages
+
+
+@pytest.mark.parametrize("url", ["", "https://github.com/example/project"])
+def test_a_notebook_opens_in_colab_where_the_project_has_an_address(url, tmp_path):
+    for name in ("_ext", "_static", "references.bib"):
+        (tmp_path / "book").mkdir(exist_ok=True)
+        (tmp_path / "book" / name).symlink_to(ROOT / "book" / name)
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    config["repository"]["url"] = url
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (tmp_path / "_toc.yml").write_text("{format: jb-book, root: index, chapters: [{file: notebooks/small}]}")
+    (tmp_path / "index.md").write_text("# The book\n")
+    notebook = {"cells": [{"cell_type": "markdown", "metadata": {}, "source": "# A notebook"}], "metadata": {}}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "small.ipynb").write_text(json.dumps(notebook | {"nbformat": 4, "nbformat_minor": 5}))
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(tmp_path), "-n", "-W", "--quiet"]
+    subprocess.run(command, check=True, capture_output=True)
+    page = (tmp_path / "_build" / "html" / "notebooks" / "small.html").read_text(encoding="utf-8")
+    found = re.findall(r'href="([^"]*colab[^"]*)"', page)
+    path = "/github/example/project/blob/main/notebooks/small.ipynb"
+    assert found == ([f"https://colab.research.google.com{path}"] if url else [])
