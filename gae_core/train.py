@@ -15,6 +15,7 @@ from gae_core import parallel
 from gae_core.data import to_unit
 
 History = dict[str, Tensor]
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -30,6 +31,7 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     lr: float = 1e-3,
+    optimizer: str = "adam",
     schedule: Callable[[float], float] | None = None,
     clip: float | None = None,
     device: str | torch.device = "auto",
@@ -42,15 +44,15 @@ def fit(
     callback: Callable[[nn.Module, int], None] | None = None,
     progress: bool = True,
 ) -> History:
-    """Train a model in place with Adam on the mean of its loss.
+    """Train a model in place, with Adam or plain gradient descent, on the mean of its loss.
 
     Each epoch passes over the data once, in a new order; the rows left over by the last whole batch are left out of
     that epoch (a small batch would be no fair sample for what is computed over a batch). The order and the model's
     noise come from ``seed`` alone; the initial weights are the caller's.
 
     A model with opposing players has ``players``, which maps each player's name to (its parameters, its steps a
-    round), and a ``loss`` that takes ``player=name``. The players take turns in that order, each with its own Adam,
-    each step on a new batch; a step changes the parameters of its player alone.
+    round), and a ``loss`` that takes ``player=name``. The players take turns in that order, each with an optimizer of
+    its own, each step on a new batch; a step changes the parameters of its player alone.
 
     Started with ``torchrun``, the processes share every batch and average their gradients: see
     :mod:`gae_core.parallel`, by which a model draws its noise, lest all processes draw the same. The batch norm and the
@@ -60,11 +62,13 @@ def fit(
     Args:
         model: has ``loss(x, y, generator=...)``, which returns a dataclass with ``total`` and other terms,
             each of shape (batch,). It is moved to the device, and left in evaluation mode.
-        x: data, (n, ...): floating point, or bytes, which become floats in [0, 1] by the batch. Held on the device.
+        x: data, (n, ...): floating point, bytes, which become floats in [0, 1] by the batch, or tokens. Held on the
+            device.
         y: labels or other conditions, (n, ...), passed on to the loss.
         epochs: passes over the data in total, those before a resumption included.
         batch_size: rows of a step, at most n, over all processes.
-        lr: learning rate of Adam, at its start when there is a schedule.
+        lr: learning rate, at its start when there is a schedule.
+        optimizer: "adam" or "sgd", without momentum.
         schedule: factor of the learning rate as a function of the progress in [0, 1), for example
             ``lambda t: 1 - t``.
         clip: largest norm of a player's gradient; a longer one is shortened to it.
@@ -102,6 +106,8 @@ def fit(
         )
     if y is not None and len(y) != len(x):
         raise ValueError(f"y must have one row for each row of x, got {len(y)} and {len(x)}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be a positive norm or None, got {clip}")
     if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint is None):
@@ -113,7 +119,7 @@ def fit(
     players = getattr(model, "players", {"": (model.parameters(), 1)})
     turns = [name for name, (_, count) in players.items() for _ in range(count)]
     parameters = {name: [p for p in group if p.requires_grad] for name, (group, _) in players.items()}
-    optimizers = {name: torch.optim.Adam(group, lr=lr, fused=True) for name, group in parameters.items()}
+    optimizers = {name: OPTIMIZERS[optimizer](group, lr=lr, fused=True) for name, group in parameters.items()}
     order = torch.Generator().manual_seed(seed)
     noise = torch.Generator(device).manual_seed(seed)
     steps = len(x) // batch_size
@@ -122,6 +128,8 @@ def fit(
 
     # What must agree for a checkpoint to be of this training.
     settings = {"rows": len(x), "batch_size": batch_size, "lr": lr, "seed": seed, "clip": clip, "precision": precision}
+    if optimizer != "adam":
+        settings["optimizer"] = optimizer
     if schedule is not None:
         settings["epochs"] = epochs  # the schedule depends on the end
     if checkpoint is not None and (checkpoint := Path(checkpoint)).exists():
@@ -141,13 +149,13 @@ def fit(
             if number < done:
                 continue
             player = turns[number % len(turns)]
-            optimizer = optimizers[player]
+            turn = optimizers[player]
             if schedule is not None:
-                optimizer.param_groups[0]["lr"] = lr * schedule(number / (epochs * steps))
+                turn.param_groups[0]["lr"] = lr * schedule(number / (epochs * steps))
             batch = rows[step * batch_size : (step + 1) * batch_size]
             own = parallel.own(batch)  # all of it on a single process
             options = {"player": player} if player else {}
-            optimizer.zero_grad()
+            turn.zero_grad()
             with cast:
                 loss = loss_of(to_unit(x[own]), None if y is None else y[own], generator=noise, **options)
             means = {name: values.mean() for name, values in vars(loss).items()}
@@ -165,7 +173,7 @@ def fit(
                 raise FloatingPointError(f"{bad} at epoch {epoch + 1}, step {step}, on rows {batch.tolist()} of x")
             if clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters[player], clip, norm)
-            optimizer.step()
+            turn.step()
             for name in names[:-1]:
                 history.setdefault(name, []).append(found[name])
             last = step + 1 == steps

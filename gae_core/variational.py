@@ -43,11 +43,12 @@ def importance_weighted_nll(
         )
     parameter = next(model.parameters())
     source = parameter.device if generator is None else generator.device
+    dtype = x.dtype if x.is_floating_point() else parameter.dtype  # tokens have no noise of their own kind
     result = []
     for rows in x.split(max(1, chunk_size // samples)):
         rows = to_unit(rows.to(parameter.device))
         # One draw for each x, so that its noise does not depend on the chunks.
-        eps = [torch.randn(samples, model.dim, generator=generator, device=source, dtype=rows.dtype) for _ in rows]
+        eps = [torch.randn(samples, model.dim, generator=generator, device=source, dtype=dtype) for _ in rows]
         total = rows.new_full((len(rows),), -math.inf, dtype=torch.float64)
         for part in torch.stack(eps).to(parameter.device).split(chunk_size, dim=1):
             total = torch.logaddexp(total, model.log_weights(rows, part).double().logsumexp(1))

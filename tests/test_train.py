@@ -92,6 +92,20 @@ def test_it_is_adam_on_the_mean_of_the_total_written_out():
     assert history["total"].tolist() == pytest.approx(losses, rel=1e-6)
 
 
+def test_gradient_descent_written_out_clipped_scheduled_and_resumed(tmp_path):
+    """The step is -lr g, without momentum: on ½ · 10 |w|² the gradient is 10 w, shortened to length 2."""
+    options = dict(batch_size=22, lr=0.1, optimizer="sgd", clip=2.0, device="cpu", progress=False)
+    model, path = Line(), tmp_path / "state.pt"
+    fit(model, rows(), epochs=3, schedule=lambda t: 1 - t, **options)
+    torch.testing.assert_close(model.w.data, torch.tensor([3.0, 4.0]) * (1 - 0.2 * (1 + 2 / 3 + 1 / 3) / 5))
+    fit(whole := Line(), rows(), epochs=4, **options)
+    fit(Line(), rows(), epochs=2, checkpoint=path, **options)
+    fit(model := Line(), rows(), epochs=4, checkpoint=path, resume=True, **options)
+    assert torch.equal(model.w, whole.w)
+    with pytest.raises(ValueError, match="is of another training"):  # Adam would start from no averages
+        fit(Line(), rows(), epochs=4, checkpoint=path, resume=True, **{**options, "optimizer": "adam"})
+
+
 def test_history_has_every_term_of_every_step_and_the_model_is_left_in_evaluation_mode():
     model = Net()
     history = fit(model, rows(), epochs=3, **OPTIONS)
@@ -484,6 +498,7 @@ BAD = {
     "no clip": (dict(clip=0.0), "clip must be a positive norm or None, got 0.0"),
     "nowhere to write": (dict(checkpoint_every=3), "checkpoint_every must be .* with a checkpoint to write to, got 3"),
     "every zero steps": (dict(checkpoint="a.pt", checkpoint_every=0), "checkpoint_every must be at least 1.* got 0"),
+    "optimizer": (dict(optimizer="lion"), "optimizer must be one of adam, sgd, got 'lion'"),
     "precision": (dict(precision="half"), '"auto", "float32" or "bf16", got .half'),
     "compile": (dict(compile="fast"), 'False, True or "reduce-overhead", got .fast'),
     "graphs on the CPU": (dict(compile="reduce-overhead"), "captures CUDA graphs, the device is cpu: pass compile=Tr"),
