@@ -4,7 +4,7 @@ Every process holds as many rows, in the order of the ranks. On a single process
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,17 @@ def randn_like(x: Tensor, *, generator: Generator | None = None) -> Tensor:
 
     The processes' generators must be in the same state, and stay so.
     """
+    return _draw_like(torch.randn, x, generator)
+
+
+def rand_like(x: Tensor, *, generator: Generator | None = None) -> Tensor:
+    """Noise uniform on [0, 1), otherwise as :func:`randn_like`."""
+    return _draw_like(torch.rand, x, generator)
+
+
+def _draw_like(draw: Callable[..., Tensor], x: Tensor, generator: Generator | None) -> Tensor:
     shape = (len(x) * rank_and_size()[1], *x.shape[1:])
-    return own(torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype))
+    return own(draw(shape, generator=generator, device=x.device, dtype=x.dtype))
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
