@@ -1,7 +1,13 @@
-"""Batch normalisation of the code. Derived in the chapter *The entropic autoencoder*."""
+"""Normalisation of codes, and of the parameters of a posterior.
+
+Derived in *The entropic autoencoder* and *Posterior collapse and batch norm*.
+"""
+
+import math
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 
 class CodeBatchNorm(nn.BatchNorm1d):
@@ -60,3 +66,141 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return _Sum.apply(gradient)
+
+
+class _Norm(nn.Module):
+    """What norms of a posterior's parameters share: ``forward(mu, raw)`` gives means and logarithms of variances."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self.dim = dim
+
+    def _check(self, mu: Tensor, raw: Tensor) -> None:
+        for name, value in (("mu", mu), ("raw", raw)):
+            if value.ndim != 2 or value.shape != (len(mu), self.dim):
+                raise ValueError(f"{name} must have shape (batch, {self.dim}), got {tuple(value.shape)}")
+
+
+class FixedScaleBatchNorm(_Norm):
+    r"""Batch norm on the means of a posterior, with a scale that is not trained: BN-VAE.
+
+    .. math:: \mu_j \leftarrow \gamma\,\mathrm{BN}(\mu)_j + \beta_j, \qquad \log\sigma^2_j = \text{raw}_j
+
+    Implements ``def-bn_vae-fixed-scale``. On the statistics of a batch the mean of :math:`\mu_j^2` is
+    :math:`\gamma^2 v_j / (v_j + \text{eps}) + \beta_j^2`, with :math:`v_j` the variance before the norm. Half the sum
+    over j bounds the mean divergence from N(0, I) from below, whatever the variances. In evaluation the statistics
+    are running averages, and the bound holds approximately only.
+
+    Source: Zhu et al., *A batch normalized inference network keeps the KL vanishing away*, ACL 2020.
+
+    Args:
+        dim: dimension of the code.
+        gamma: standard deviation of each mean over the batch, the same for all. Above 1 the aggregate posterior has
+            more variance than the prior N(0, I).
+        eps: added to the variance in the norm; torch's usual one.
+
+    Raises:
+        ValueError: if ``gamma`` is no positive number; when used, for other shapes or a single row in training.
+    """
+
+    def __init__(self, dim: int, gamma: float, *, eps: float = 1e-5) -> None:
+        super().__init__(dim)
+        self.gamma = _positive(gamma)
+        self.norm = CodeBatchNorm(dim, eps=eps)
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, mu: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and logarithms of variances, each (batch, dim)."""
+        self._check(mu, raw)
+        return self.gamma * self.norm(mu) + self.beta, raw
+
+
+class FixedScaleLayerNorm(_Norm):
+    r"""Layer norm on the means of a posterior: each x by itself gets means with mean 0 and variance gamma² over j.
+
+    .. math:: \mu \leftarrow \gamma\,\mathrm{LN}(\mu), \qquad \log\sigma^2 = \text{raw}
+
+    Implements ``def-bn_vae-layer-norm``. The divergence from N(0, I) has the same lower bound as with
+    :class:`FixedScaleBatchNorm`, and the means may be the same for all x: it is here as the counterexample.
+
+    Args:
+        dim: dimension of the code, at least 2.
+        gamma: root mean square of the means of one x.
+        eps: added to the variance in the norm.
+
+    Raises:
+        ValueError: if ``gamma`` is no positive number or ``dim`` below 2; when used, for other shapes.
+    """
+
+    def __init__(self, dim: int, gamma: float, *, eps: float = 1e-5) -> None:
+        super().__init__(dim)
+        if dim < 2:
+            raise ValueError(f"dim must be at least 2, got {dim}: a single number has no variance over coordinates")
+        self.gamma, self.eps = _positive(gamma), eps
+
+    def forward(self, mu: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and logarithms of variances, each (batch, dim)."""
+        self._check(mu, raw)
+        return self.gamma * F.layer_norm(mu, (self.dim,), eps=self.eps), raw
+
+
+class CoupledBatchNorm(_Norm):
+    r"""Batch norm on means and standard deviations of a posterior, scaled so that the second moments add up to 1.
+
+    .. math::
+
+        \mu_j \leftarrow \gamma_{\mu,j}\,\mathrm{BN}(\mu)_j, \quad
+        \sigma_j = \gamma_{\sigma,j}\,\mathrm{BN}(\text{raw})_j, \qquad
+        \gamma_{\mu,j}^2 = \tau + (1-\tau)\,s(\theta_j), \quad \gamma_{\sigma,j}^2 = (1-\tau)\,s(-\theta_j)
+
+    with the logistic function s, and :math:`\theta` trained, from 0. Implements ``def-bn_vae-coupled``. The squared
+    scales add up to 1, which is what the moments of the prior N(0, I) ask of the statistics of a batch.
+
+    The normalised :math:`\sigma` has both signs; only its square matters. The variance is
+    :math:`\sigma^2 + \text{floor}`. Where :math:`\sigma = 0` its logarithm is that of ``floor``, with gradient 0, and
+    nowhere is the gradient in :math:`\sigma` larger than :math:`1/\sqrt{\text{floor}}`. Without the floor both are
+    infinite there.
+
+    Source: Su, *VAE + BN = a better VAE*, 2020, whose code has eps = 1e-8 and no floor.
+
+    Args:
+        dim: dimension of the code.
+        tau: smallest share of the means in the second moment, in (0, 1). The divergence from N(0, I) is at least
+            :math:`-\tfrac d2\log(1-\tau)` on the statistics of a batch, but for eps and floor.
+        eps: added to the variances in the norms; torch's usual one.
+        floor: added to the variance of the posterior.
+
+    Raises:
+        ValueError: if ``tau`` is outside (0, 1) or ``floor`` is not positive; when used, for other shapes or a single
+            row in training.
+    """
+
+    def __init__(self, dim: int, tau: float = 0.5, *, eps: float = 1e-5, floor: float = 1e-6) -> None:
+        super().__init__(dim)
+        if not 0 < tau < 1:
+            raise ValueError(f"tau must be between 0 and 1, both excluded, got {tau}")
+        if not 0 < floor < math.inf:
+            raise ValueError(f"floor must be a positive number, got {floor}")
+        self.tau, self.floor = tau, floor
+        self.norm_mu, self.norm_sigma = CodeBatchNorm(dim, eps=eps), CodeBatchNorm(dim, eps=eps)
+        self.theta = nn.Parameter(torch.zeros(dim))
+
+    def squared_scales(self) -> tuple[Tensor, Tensor]:
+        r"""The squares of :math:`\gamma_\mu` and :math:`\gamma_\sigma`, each (dim,); they add up to 1."""
+        return self.tau + (1 - self.tau) * self.theta.sigmoid(), (1 - self.tau) * (-self.theta).sigmoid()
+
+    def forward(self, mu: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and logarithms of variances, each (batch, dim)."""
+        self._check(mu, raw)
+        share_mu, share_sigma = self.squared_scales()
+        variance = share_sigma * self.norm_sigma(raw).square() + self.floor
+        return share_mu.sqrt() * self.norm_mu(mu), variance.log()
+
+
+def _positive(gamma: float) -> float:
+    """The scale, if it is one."""
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be a positive number, got {gamma}; without a norm there is no bound: norm=None")
+    return gamma

@@ -13,7 +13,7 @@ from torch import nn
 from gae_core import parallel
 from gae_core.models.eae import EAE
 from gae_core.nets import mlp
-from gae_core.normalization import CodeBatchNorm
+from gae_core.normalization import CodeBatchNorm, CoupledBatchNorm, FixedScaleBatchNorm
 from gae_core.train import fit
 
 DIM, OPTIONS = 3, dict(batch_size=128, lr=0.01, device="cpu", seed=4)
@@ -111,6 +111,12 @@ def work(folder):
     results["parts"] = {name: parallel.gather(value) for name, value in rows.items()} | norm.state_dict()
     generator = torch.Generator().manual_seed(1)
     noise = [parallel.randn_like(parallel.own(z), generator=generator) for _ in range(2)]
+    for name, norm in (("fixed", FixedScaleBatchNorm(DIM, 0.7)), ("coupled", CoupledBatchNorm(DIM, 0.4))):
+        mu, raw = (parallel.own(draw(10, DIM, seed=s)).clone().requires_grad_() for s in (9, 10))
+        out = torch.stack(norm.double()(mu, raw), 1)
+        (out * parallel.own(draw(10, 2, DIM, seed=11))).sum().backward()
+        found = {"": out.detach(), "mu": mu.grad, "raw": raw.grad}
+        results["parts"] |= {f"{name} {key}": parallel.gather(value) for key, value in found.items()}
     results["parts"] |= {f"noise {i}": parallel.gather(value) for i, value in enumerate(noise)}
     return results
 
