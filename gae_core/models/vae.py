@@ -89,7 +89,11 @@ class VAE(Autoencoder):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of q(z | x), each (batch, dim), in the precision of x."""
-        parameters = self.encoder(x).to(x.dtype)  # autocast would round the divergence
+        return self._posterior_from(self.encoder(x), x)
+
+    def _posterior_from(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior's parameters from what the encoder gives for x."""
+        parameters = output.to(x.dtype)  # autocast would round the divergence
         if parameters.shape != (len(x), 2 * self.dim):
             raise ValueError(f"encoder must give shape {(len(x), 2 * self.dim)}, got {tuple(parameters.shape)}")
         mu, raw = parameters.chunk(2, dim=1)
@@ -101,12 +105,19 @@ class VAE(Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         """Means (batch, ...) of p(x | z)."""
-        output = self.decoder(z)
+        return self._means(self.decoder(z))
+
+    def _means(self, output: Tensor) -> Tensor:
+        """Means of p(x | z) from what the decoder gives."""
         return output.sigmoid() if self.likelihood == "bernoulli" else output
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Logarithms of p(x | z) for each x (batch, ...) at its z (batch, dim), shape (batch,)."""
-        output = self.decoder(z).to(x.dtype)
+        return self._log_density(x, self.decoder(z))
+
+    def _log_density(self, x: Tensor, output: Tensor) -> Tensor:
+        """Logarithms of p(x | z) from what the decoder gives at the z of each x."""
+        output = output.to(x.dtype)
         if output.shape != x.shape:
             raise ValueError(f"decoder must give the shape of x, {tuple(x.shape)}, got {tuple(output.shape)}")
         if self.likelihood == "bernoulli":
@@ -127,17 +138,21 @@ class VAE(Autoencoder):
         Raises:
             ValueError: if ``x`` has no Bernoulli likelihood.
         """
-        if self.likelihood == "bernoulli" and not ((x == 0) | (x == 1)).all():
-            raise ValueError(
-                "x must have entries 0 and 1 alone, got others: grey values have no Bernoulli likelihood; "
-                "binarise them, for example by torch.bernoulli(x, generator=...), and say so beside the figure"
-            )
+        self._refuse_grey(x)
         mu, logvar = (v[:, None] for v in self.posterior(x))
         z = mu + (0.5 * logvar).exp() * eps
         log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
         rows = x.repeat_interleave(eps.shape[1], dim=0)
         log_likelihood = self.log_likelihood(rows, z.flatten(0, 1)).view(eps.shape[:2])
         return log_likelihood + standard_normal_log_prob(z) - log_q
+
+    def _refuse_grey(self, x: Tensor) -> None:
+        """Raise a ValueError if ``x`` has no likelihood."""
+        if self.likelihood == "bernoulli" and not ((x == 0) | (x == 1)).all():
+            raise ValueError(
+                "x must have entries 0 and 1 alone, got others: grey values have no Bernoulli likelihood; "
+                "binarise them, for example by torch.bernoulli(x, generator=...), and say so beside the figure"
+            )
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
         """Loss on a batch with one z for each x, its noise from ``generator``; ``y`` is not used."""
