@@ -4,7 +4,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def mlp(sizes: Sequence[int], *, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -85,3 +87,64 @@ def conv_pair(
         output(),
     )
     return encoder, decoder
+
+
+class LSTMEncoder(nn.Module):
+    """Sentences (batch, length) -> (batch, outputs), from an LSTM's state behind the last token that is no padding.
+
+    Args:
+        tokens: size of the vocabulary; token 0 is the padding.
+        outputs: length of the result, for example 2 * dim for mu and logvar.
+        embedding: dimension of the tokens' embedding.
+        hidden: of the LSTM.
+    """
+
+    def __init__(self, tokens: int, outputs: int, *, embedding: int = 50, hidden: int = 50) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, embedding)
+        self.lstm = nn.LSTM(embedding, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs for tokens (batch, length), int64; padding is at the end of a row, and changes nothing."""
+        states, _ = self.lstm(self.embed(x))  # (batch, length, hidden)
+        last = (x != 0).sum(1) - 1
+        return self.out(states[torch.arange(len(x), device=x.device), last])
+
+
+class LSTMDecoder(nn.Module):
+    r"""Codes (batch, dim) and the tokens so far -> logits of the next token.
+
+    .. math:: c_0 = W z, \quad h_0 = \tanh c_0, \quad h_t, c_t = \mathrm{LSTM}([e(x_{t-1}); z], h_{t-1}, c_{t-1})
+
+    The code enters with each token and into the state at the beginning, where token 0 is read. The logits are those of
+    tokens 1, 2, ...: padding is never spoken.
+
+    Args:
+        tokens: size of the vocabulary; token 0 is the padding.
+        dim: dimension of the code.
+        embedding: dimension of the tokens' embedding.
+        hidden: of the LSTM.
+    """
+
+    def __init__(self, tokens: int, dim: int, *, embedding: int = 50, hidden: int = 50) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, embedding)
+        self.initial = nn.Linear(dim, hidden, bias=False)
+        self.lstm = nn.LSTM(embedding + dim, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, tokens - 1)
+
+    def start(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """State before the first token."""
+        c = self.initial(z)[None]
+        return c.tanh(), c
+
+    def step(self, before: Tensor, z: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Logits (batch, t, tokens - 1) of what follows each token of ``before`` (batch, t), and the state then."""
+        codes = z[:, None].expand(-1, before.shape[1], -1)
+        h, state = self.lstm(torch.cat([self.embed(before), codes], 2), state)
+        return self.out(h), state
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Logits (batch, length, tokens - 1) of each token of x (batch, length) from those before it."""
+        return self.step(F.pad(x[:, :-1], (1, 0)), z, self.start(z))[0]

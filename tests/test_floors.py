@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MATHEMATICS = ("gaussian", "entropy", "normalization", "sampling")
 FLOORS = [
-    {*MATHEMATICS, "nets", "data", "parallel"},
+    {*MATHEMATICS, "nets", "data", "parallel", "text"},
     {"models"},
     {"train", "metrics", "variational", "plots", "records"},
     {"judge"},
