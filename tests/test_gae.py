@@ -1,15 +1,24 @@
 """GAE: codes without an encoder, and the known methods that it contains."""
 
+import math
+
+import mpmath as mp
 import numpy as np
 import pytest
+import sympy as sp
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import nnls
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.decomposition import NMF, PCA, FactorAnalysis
+from sklearn.linear_model import Lasso
 from sklearn.model_selection import train_test_split
 
-from gae_core.models.gae import GAE
-from gae_core.models.local_linear import factor_log_likelihood, fit_local_linear, nmf_step
+from gae_core import data, nets, train
+from gae_core.models.gae import GAE, GGAE, KernelMixture, soft_minimum
+from gae_core.models.local_linear import LocalLinearGAE, factor_log_likelihood, fit_local_linear, nmf_step, ppca
 
 TOL = {"rtol": 0, "atol": 1e-8}
 
@@ -78,9 +87,560 @@ def test_the_likelihoods_of_factor_analysis_and_ppca_are_scikit_learns(digits):
     np.testing.assert_allclose(ours, pca.score_samples(x), rtol=0, atol=1e-8)
 
 
-def test_laplace_is_exact_for_a_linear_decoder():
+# The claims of the chapter, one by one.
+
+
+def random_linear(seed=0, entries=6, dim=3):
+    """W (entries, dim), mu (entries,), x (5, entries)."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((entries, dim), (entries,), (5, entries))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.checks("eq-gae-finite", how="exact")
+@given(st.lists(st.floats(-700, 5), min_size=1, max_size=20))
+def test_the_largest_term_bounds_a_sum(logs):
+    with mp.workdps(40):
+        total = mp.log(mp.fsum(mp.exp(mp.mpf(v)) for v in logs))
+        slack = mp.mpf(10) ** -30
+        assert max(logs) - slack <= total <= max(logs) + mp.log(len(logs)) + slack
+
+
+@pytest.mark.checks("eq-gae-finite", how="exact")
+def test_both_ends_of_the_finite_bound_are_reached():
+    with mp.workdps(40):
+        assert mp.almosteq(mp.log(4 * mp.exp(-3)), -3 + mp.log(4))
+        assert mp.log(mp.exp(-3) + 0) == -3
+
+
+@pytest.mark.checks("eq-gae-counterexample", how="exact")
+@pytest.mark.parametrize("s", ["0.1", "0.31", "2"])
+def test_a_maximum_of_densities_is_no_bound(s):
+    with mp.workdps(40):
+        s = mp.mpf(s)
+        log_q = mp.log(mp.quad(lambda z: mp.npdf(0, z, s), [mp.mpf(-1) / 2, -s / 20, 0, s / 20, mp.mpf(1) / 2]))
+        claimed = mp.log(mp.erf(1 / (2 * mp.sqrt(2) * s)))
+        assert abs(log_q - claimed) < mp.mpf(10) ** -20
+        largest = -mp.log(2 * mp.pi * s**2) / 2
+        assert abs(largest - mp.log(mp.npdf(0, 0, s))) < mp.mpf(10) ** -35
+        if s == mp.mpf("0.1"):  # the source's inequality, and the figure in the text
+            assert largest > log_q and mp.nstr(largest - log_q, 3) == "1.38"
+        if s == 2:  # in other units the same maximum is below: "any amount" goes both ways
+            assert largest + mp.log(mp.mpf(1) / 100) < log_q
+
+
+@pytest.mark.checks("eq-gae-units", how="symbolic")
+def test_the_maximum_changes_with_the_units():
+    z, a, x, s = sp.symbols("z a x s", positive=True)
+    d = sp.symbols("d", integer=True, positive=True)
+    log_density = -(z**2) / 2 - (x - z) ** 2 / (2 * s**2)
+    # In coordinates z' with z = a z' the density of a coordinate is multiplied by a, of d coordinates by a^d.
+    other = sp.log(a**d) + log_density.subs(z, a * sp.Symbol("u"))
+    u = sp.solve(sp.diff(other, sp.Symbol("u")), sp.Symbol("u"))[0]
+    best = sp.solve(sp.diff(log_density, z), z)[0]
+    difference = other.subs(sp.Symbol("u"), u) - log_density.subs(z, best)
+    assert sp.simplify(sp.expand_log(difference - d * sp.log(a), force=True)) == 0
+
+
+@pytest.mark.checks("eq-gae-laplace", "eq-gae-factor-analysis", how="exact")
+def test_laplace_is_exact_and_the_maximum_alone_is_not():
+    W, mu, x = random_linear()
+    gae = GAE(linear(W, mu), 3, steps=800, step_size=0.05, sigma=0.7)
+    exact = -factor_log_likelihood(x, mu, W, torch.full((6,), 0.49, dtype=torch.float64))
+    torch.testing.assert_close(gae.laplace_nll(x).detach(), exact, **TOL)
+    maximum = gae.loss(x).total.detach()
+    assert (maximum - exact).abs().min() > 0.1
+    # In other units of z the maximum moves, Laplace's value does not.
+    scaled = GAE(linear(W / 3, mu), 3, steps=1, step_size=0.05, sigma=0.7)
+    precision = W.mT @ W / 0.49 + torch.eye(3, dtype=W.dtype)
+    code = (torch.linalg.inv(precision) @ W.mT @ (x - mu).mT / 0.49).mT
+    torch.testing.assert_close(scaled.log_likelihood(x, 3 * code), gae.log_likelihood(x, code))
+    torch.testing.assert_close(gae.encode(x).detach(), code, **TOL)
+
+
+@pytest.mark.checks("eq-gae-factor-analysis", how="exact")
+def test_the_posterior_of_factor_analysis_by_conditioning():
+    W, _, _ = random_linear(1)
+    psi = torch.rand(6, generator=torch.Generator().manual_seed(2), dtype=W.dtype) + 0.1
+    gain = torch.linalg.solve(W @ W.T + psi.diag(), W).T  # Cov(z, x) Cov(x)^-1
+    ours = torch.linalg.solve((W.T / psi) @ W + torch.eye(3, dtype=W.dtype), W.T / psi)
+    torch.testing.assert_close(ours, gain, **TOL)
+    # Probabilistic PCA's form in the text.
+    sigma2 = 0.3
+    short = torch.linalg.solve(W.T @ W + sigma2 * torch.eye(3, dtype=W.dtype), W.T)
+    torch.testing.assert_close(short, torch.linalg.solve(W @ W.T + sigma2 * torch.eye(6, dtype=W.dtype), W).T, **TOL)
+
+
+@pytest.mark.checks("eq-gae-map-linear", how="exact")
+def test_the_maximum_of_a_linear_model_rewards_large_weights():
+    W, mu, x = random_linear(3)
+    psi = torch.full((6,), 0.49, dtype=W.dtype)
+
+    def formula(W):
+        cov = W @ W.T + psi.diag()
+        quadratic = ((x - mu) * torch.linalg.solve(cov, (x - mu).T).T).sum(1)
+        return -0.5 * quadratic - 0.5 * (2 * math.pi * psi).log().sum() - 1.5 * math.log(2 * math.pi)
+
+    def attained(W):
+        code = torch.linalg.solve(W.T @ W / 0.49 + torch.eye(3, dtype=W.dtype), W.T @ (x - mu).T / 0.49).T
+        gae = GAE(linear(W, mu), 3, steps=1, step_size=1e-9, sigma=0.7)
+        return gae.log_likelihood(x, code) + gae.log_prior(code)
+
+    torch.testing.assert_close(formula(W), attained(W).detach(), **TOL)
+    assert (formula(2 * W) > formula(W)).all() and (formula(100 * W) > formula(2 * W)).all()
+    marginal = [factor_log_likelihood(x, mu, a * W, psi).mean() for a in (1, 100)]
+    assert marginal[1] < marginal[0]
+
+
+@pytest.mark.checks("eq-gae-steps-bound", how="exact")
+def test_any_number_of_steps_gives_a_lower_value_and_the_source_loses_the_logarithm():
+    W, mu, x = random_linear(4)
+    gae = GAE(linear(W, mu), 3, steps=1, step_size=0.05, sigma=0.7)
+    W_ = W.T @ W / 0.49 + torch.eye(3, dtype=W.dtype)
+    best = torch.linalg.solve(W_, W.T @ (x - mu).T / 0.49).T
+    highest = gae.log_likelihood(x, best) + gae.log_prior(best)
+    for steps in (0, 1, 5, 50):
+        z = gae.infer(x, steps=steps)[0]
+        assert (gae.log_likelihood(x, z) + gae.log_prior(z) <= highest + 1e-9).all()
+    # max_z q(z) q(x|z) in place of its logarithm: with a density of 3, log 3 <= 3 holds, with 0.1 the bound is idle;
+    # the equality at the maximum, which makes the bound useful, is lost.
+    assert not torch.isclose(highest, highest.exp()).any()
+
+
+@pytest.mark.checks("eq-gae-ascent", "eq-gae-linear-error", how="exact")
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99, 1.01, 1.1])
+@pytest.mark.parametrize("prior", ["normal", "flat"])
+def test_the_ascent_converges_exactly_below_its_limit(share, prior):
+    W, mu, x = random_linear(5)
+    sigma = 0.7
+    H = W.T @ W / sigma**2 + (torch.eye(3, dtype=W.dtype) if prior == "normal" else 0)
+    L = float(torch.linalg.eigvalsh(H)[-1])
+    eta = 2 * share / L
+    gae = GAE(linear(W, mu), 3, steps=1, step_size=eta, sigma=sigma, prior=prior)
+    best = torch.linalg.solve(H, W.T @ (x - mu).T / sigma**2).T
+    step = torch.eye(3, dtype=W.dtype) - eta * H
+    before = None
+    for steps in range(6):
+        z = gae.infer(x, steps=steps)[0].detach()
+        torch.testing.assert_close(z - best, -best @ torch.linalg.matrix_power(step, steps), rtol=1e-8, atol=1e-10)
+        value = gae.log_likelihood(x, z) + gae.log_prior(z)
+        if before is not None:
+            squared = ((before[1] - best) @ H).square().sum(1)
+            assert (value - before[0] >= eta * (1 - share) * squared - 1e-9).all()
+        before = value, z
+    far = (gae.infer(x, steps=1000)[0] - best).norm() / best.norm()
+    assert far < 1e-3 if share < 1 else far > 1e3
+    if share > 1.05:
+        with pytest.raises(FloatingPointError, match="step_size"):
+            gae.infer(x, steps=4000)
+
+
+@pytest.mark.checks("eq-gae-total-gradient", "eq-gae-second-order", how="symbolic")
+def test_the_gradient_through_the_steps_in_one_dimension():
+    w, x, eta = sp.symbols("w x eta", positive=True)
+    rho = 1 - eta * w**2
+    z = sp.Integer(0)
+    for t in range(1, 5):
+        z = z + eta * w * (x - w * z)
+        assert sp.simplify(z - x / w * (1 - rho**t)) == 0
+        value = -((x - w * z) ** 2) / 2
+        assert sp.simplify(value + x**2 * rho ** (2 * t) / 2) == 0
+        code = sp.Symbol("z")
+        of_l = sp.diff(-((x - w * code) ** 2) / 2, w).subs(code, z)
+        through = sp.diff(-((x - w * code) ** 2) / 2, code).subs(code, z) * sp.diff(z, w)
+        assert sp.simplify(of_l - x**2 / w * rho**t * (1 - rho**t)) == 0
+        assert sp.simplify(sp.diff(value, w) - 2 * t * eta * w * x**2 * rho ** (2 * t - 1)) == 0
+        assert sp.simplify(sp.diff(value, w) - of_l - through) == 0
+        if t == 1:
+            assert sp.simplify(sp.diff(value, w) / of_l) == 2
+
+
+@pytest.mark.checks("eq-gae-second-order", how="exact")
+@pytest.mark.parametrize(("second_order", "factor"), [(True, 2.0), (False, 1.0)])
+def test_the_option_decides_whether_the_gradient_passes_the_steps(second_order, factor):
+    one = torch.ones(1, 1, dtype=torch.float64)
+    gae = GAE(linear(0.8 * one, 0 * one[0]), 1, steps=1, step_size=0.3, prior="flat", second_order=second_order)
+    gae.loss(1.7 * one).total.sum().backward()
+    rho = 1 - 0.3 * 0.64
+    expected = -(1.7**2) / 0.8 * rho * (1 - rho) * factor
+    assert float(gae.decoder.weight.grad) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.checks("eq-gae-starts", how="exact")
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=8))
+def test_the_mean_over_starts_is_never_above_the_best(values):
+    with mp.workdps(40):
+        mean = mp.log(mp.fsum(mp.exp(mp.mpf(v)) for v in values) / len(values))
+        slack = mp.mpf(10) ** -35
+        assert max(values) - mp.log(len(values)) - slack <= mean <= max(values) + slack
+
+
+def test_the_sum_over_equal_starts_exceeds_the_likelihood():
+    W, mu, x = random_linear(6)
+    options = {"steps": 400, "step_size": 0.05, "sigma": 0.7, "n_starts": 4}
+    best, mean = (GAE(linear(W, mu), 3, combine=c, **options).loss(x).total for c in ("max", "logmeanexp"))
+    torch.testing.assert_close(best, mean)  # all four starts end in the only maximum
+    assert (mean - math.log(4) < best - 1).all()  # the sum would count it four times
+
+
+@pytest.mark.checks("eq-gae-self-map", how="exact")
+def test_the_self_map_without_its_normaliser_says_nothing_of_the_decoder():
     generator = torch.Generator().manual_seed(0)
-    W, mu, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 3), (6,), (5, 6)))
-    gae = GAE(linear(W, mu), 3, steps=500, step_size=0.05, sigma=0.7)
-    exact = factor_log_likelihood(x, mu, W, torch.full((6,), 0.49, dtype=torch.float64))
-    torch.testing.assert_close(gae.laplace_nll(x).detach(), -exact, **TOL)
+    encoder = torch.rand(4, 3, generator=generator, dtype=torch.float64)
+    encoder /= encoder.sum(1, keepdim=True)  # q_e(z | x) of 4 data and 3 codes
+    likelihood = torch.rand(4, 3, generator=generator, dtype=torch.float64)  # q_r(x | z)
+    joint = encoder * likelihood
+    posterior = joint / joint.sum(1, keepdim=True)
+    torch.testing.assert_close(joint.amax(1).log(), joint.sum(1).log() + posterior.amax(1).log())
+    # Good and bad decoders with a code of its own for each x: what the source keeps is 0 for all of them.
+    for quality in (0.9, 1e-6):
+        joint = torch.eye(3, dtype=torch.float64) * quality
+        posterior = joint / joint.sum(1, keepdim=True)
+        assert posterior.amax(1).log().abs().max() == 0
+        assert joint.amax(1).log().max() == pytest.approx(math.log(quality))
+
+
+@pytest.mark.checks("eq-gae-soft-minimum", how="exact")
+@given(st.lists(st.floats(0, 30), min_size=1, max_size=30), st.floats(0.1, 100))
+def test_soft_minima_lie_where_they_should(losses, beta):
+    values = -torch.tensor(losses, dtype=torch.float64)
+    below, above = (float(soft_minimum(values, beta, mean=mean)) for mean in (False, True))
+    low, slack = float(values.min()), 1e-9
+    assert low - math.log(len(losses)) / beta - slack <= below <= low + slack
+    assert low - slack <= above <= float(values.mean()) + slack
+    with mp.workdps(30):
+        total = mp.fsum(mp.exp(beta * mp.mpf(d)) for d in losses)
+        assert below == pytest.approx(float(-mp.log(total) / beta), abs=1e-9)
+        assert above == pytest.approx(float(-mp.log(total / len(losses)) / beta), abs=1e-9)
+
+
+def test_without_the_factor_the_soft_minimum_is_none():
+    values = -torch.linspace(0, 2.69, 100, dtype=torch.float64)
+    source = -torch.logsumexp(-50 * values, 0)  # as printed there
+    assert -139 < source < -130 and abs(soft_minimum(values, 50.0) + 2.69) < 0.1
+
+
+@pytest.mark.checks("eq-gae-kmeans", "eq-gae-soft-hard", how="exact")
+@pytest.mark.parametrize("sigma", [0.5, 0.1, 0.02])
+def test_hard_and_soft_assignment_and_their_distance(digits, sigma):
+    x = digits[0]
+    mu = fit_local_linear(x, 10, 0, generator=torch.Generator().manual_seed(0)).model.mu
+    model = LocalLinearGAE(mu, mu.new_zeros(10, 64, 0), sigma=sigma)
+    squared = (x[:, None] - mu).square().sum(2)
+    sse, n = float(squared.amin(1).sum()), len(x)
+    value = -sse / (2 * sigma**2) - n * math.log(10) - n * 32 * math.log(2 * math.pi * sigma**2)
+    assert float(model.log_joint(x).amax(1).sum()) == pytest.approx(value, rel=1e-10)
+    soft = -2 * sigma**2 * float((-squared / (2 * sigma**2)).logsumexp(1).sum())
+    assert soft - 1e-8 <= sse <= soft + 2 * sigma**2 * n * math.log(10) + 1e-8
+    if sigma == 0.02:
+        assert sse == pytest.approx(soft, rel=1e-4)  # the mixture has become k-means
+
+
+def test_more_centres_than_data_have_no_best_sigma(digits):
+    x = digits[0][:30]
+    model = fit_local_linear(x, 30, 0, start=x.clone()).model
+    assert float(model.squared_distances(x).amin(1).sum()) == 0
+    values = [float(LocalLinearGAE(model.mu, model.W, sigma=s).log_joint(x).amax(1).mean()) for s in (1.0, 1e-2, 1e-4)]
+    assert values[0] < -50 < 100 < values[1] < values[2]  # not 0, and without a bound
+
+
+@pytest.mark.checks("eq-gae-mlr", how="exact")
+def test_soft_assignment_is_a_multinomial_logistic_regression():
+    generator = torch.Generator().manual_seed(0)
+    mu, x = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (4, 7))
+    weights = torch.rand(4, generator=generator, dtype=torch.float64)
+    model = LocalLinearGAE(mu, mu.new_zeros(4, 5, 0), log_weights=weights.log(), sigma=0.6)
+    pi = weights / weights.sum()
+    logits = x @ mu.T / 0.36 + pi.log() - mu.square().sum(1) / 0.72
+    torch.testing.assert_close(model.log_joint(x).softmax(1), logits.softmax(1), **TOL)
+
+
+@pytest.mark.checks("eq-gae-kernel-gradient", how="exact")
+def test_the_code_of_a_kernel_mixture_is_drawn_and_pushed():
+    torch.manual_seed(0)
+    decoder = KernelMixture(4, 2, 5).double()
+    gae = GGAE(decoder, 2, steps=1, step_size=0.1, sigma=0.8, prior="flat")
+    x, v = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gae.log_likelihood(x, v).sum(), v)
+    u = decoder.log_weights(v).exp()
+    torch.testing.assert_close(u.sum(1), torch.ones(6, dtype=torch.float64))
+    r = (u.log() - (x[:, None] - decoder.means).square().sum(2) / (2 * 0.64)).softmax(1)
+    torch.testing.assert_close(gradient, 2 * (r - u) @ decoder.centres, **TOL)
+    lost = 2 * (r[..., None] * (decoder.centres - v[:, None])).sum(1)  # the numerator alone
+    assert (gradient - lost).abs().max() > 0.1
+    unnormalised = (-torch.cdist(v, decoder.centres).square()).exp()
+    page = unnormalised / (v.square().sum(1, keepdim=True).exp() + unnormalised.sum(1, keepdim=True))
+    assert (page.sum(1) < 1).all()
+    # With one entry the density can be integrated: it is one.
+    narrow = KernelMixture(3, 2, 1).double()
+    box = torch.linspace(-12, 12, 4001, dtype=torch.float64)[:, None]
+    at = v[:1].detach().expand(4001, 2)
+    density = GGAE(narrow, 2, steps=1, step_size=0.1, sigma=0.5).log_likelihood(box, at).exp().detach()
+    assert float(torch.trapezoid(density, box[:, 0])) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.checks("eq-gae-normal-equations", "eq-gae-one-step", how="exact")
+def test_the_linear_code_and_its_step():
+    W, mu, x = random_linear(7)
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=W.dtype, requires_grad=True)
+    (gradient,) = torch.autograd.grad((x - mu - z @ W.T).square().sum(), z)
+    torch.testing.assert_close(-gradient / 2, (x - mu) @ W - z @ (W.T @ W), **TOL)
+    best = torch.linalg.solve(W.T @ W, W.T @ (x - mu).T).T
+    torch.testing.assert_close(best, torch.linalg.lstsq(W, (x - mu).T).solution.T, **TOL)
+    Q = torch.linalg.qr(W).Q
+    (gradient,) = torch.autograd.grad((x - mu - z @ Q.T).square().sum(), z)
+    torch.testing.assert_close((z - gradient / 2).detach(), (x - mu) @ Q, **TOL)
+    assert ((z + gradient / 2).detach() - (x - mu) @ Q).abs().max() > 1  # descent on the objective, as the source says
+    gon = GAE(linear(Q, mu), 3, steps=1, step_size=1.0, prior="flat")  # -grad of half the squared error at 0
+    torch.testing.assert_close(gon.encode(x).detach(), (x - mu) @ Q, **TOL)
+
+
+@pytest.mark.checks("eq-gae-pca", how="exact")
+def test_the_best_subspace_leaves_the_small_eigenvalues(digits):
+    x = digits[0]
+    values = torch.linalg.eigvalsh(torch.cov(x.T, correction=0))
+    for q in (0, 3, 17, 64):
+        model = fit_local_linear(x, 1, q).model
+        error = model.squared_distances(x).mean()
+        torch.testing.assert_close(error, values[: 64 - q].sum(), rtol=0, atol=1e-10)
+        turned = LocalLinearGAE(model.mu + 0.01, model.W)
+        assert turned.squared_distances(x).mean() >= error - 1e-12
+    other = torch.linalg.qr(torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=x.dtype)).Q
+    assert LocalLinearGAE(x.mean(0)[None], other[None]).squared_distances(x).mean() > values[:61].sum()
+
+
+@pytest.mark.checks("eq-gae-ista", how="exact")
+def test_the_proximal_ascent_finds_the_lasso():
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(20, 40, generator=generator, dtype=torch.float64) / math.sqrt(20)
+    truth = torch.zeros(40, dtype=torch.float64)
+    truth[[3, 17, 31]] = torch.tensor([1.0, -2.0, 1.5], dtype=torch.float64)
+    y, lam, z = B @ truth, 0.02, torch.zeros(40, dtype=torch.float64)
+    eta = 1 / float(torch.linalg.matrix_norm(B, 2)) ** 2
+    for _ in range(20_000):
+        u = z + eta * B.T @ (y - B @ z)
+        z = u.sign() * (u.abs() - eta * lam).clamp_min(0)
+    known = Lasso(alpha=lam / 20, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(B.numpy(), y.numpy())
+    torch.testing.assert_close(z, torch.from_numpy(known.coef_), rtol=0, atol=1e-7)
+    assert (z - truth).abs().max() < 0.1  # 20 measurements of 40 unknowns, three of them not 0
+
+
+@pytest.mark.checks("eq-gae-local", how="exact")
+def test_the_error_of_a_local_subspace_is_that_of_pythagoras(digits):
+    x = digits[0][:100]
+    fit = fit_local_linear(digits[0], 6, 3, generator=torch.Generator().manual_seed(0))
+    model = fit.model
+    direct = torch.stack(
+        [((x - m) - (x - m) @ W @ W.T).square().sum(1) for m, W in zip(model.mu, model.W, strict=True)], 1
+    )
+    torch.testing.assert_close(model.squared_distances(x), direct, **TOL)
+    expected = -direct.amin(1) / 2 - math.log(6) - 32 * math.log(2 * math.pi)
+    torch.testing.assert_close(model.log_joint(x).amax(1), expected, **TOL)
+    codes = model.encode(x)
+    torch.testing.assert_close((x - model.decode(codes)).square().sum(1), direct.amin(1), **TOL)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize(("components", "q"), [(10, 0), (6, 2)])
+def test_no_step_makes_it_worse(digits, hard, components, q):
+    generator = torch.Generator().manual_seed(3)
+    fit = fit_local_linear(digits[0], components, q, hard=hard, sigma=0.3, max_steps=60, generator=generator)
+    assert (fit.objective.diff() > -1e-10).all() and fit.objective[-1] > fit.objective[0] and fit.steps > 2
+
+
+@pytest.mark.checks("eq-gae-not-normalised", how="exact")
+def test_weights_that_see_x_give_no_density():
+    with mp.workdps(30):
+        a, s = mp.mpf(1), mp.mpf(1) / 2
+
+        def mean(x):  # the source's: weights proportional to exp(-(x - mu_k)^2), centres at -a and a
+            u, v = mp.exp(-((x + a) ** 2)), mp.exp(-((x - a) ** 2))
+            return (a * v - a * u) / (u + v)
+
+        assert abs(mean(mp.mpf("0.37")) - a * mp.tanh(2 * a * mp.mpf("0.37"))) < mp.mpf(10) ** -25
+        mass = mp.quad(lambda x: mp.npdf(x, mean(x), s), [-8, -2, -1, 0, 1, 2, 8])
+        assert mp.nstr(mass, 3) == "2.48"
+        hard = mp.quad(lambda x: (mp.npdf(x, a, s) + mp.npdf(x, -a, s)) / 2, [-8, -2, -1, 0, 1, 2, 8])
+        assert abs(hard - 1) < mp.mpf(10) ** -15
+
+
+def test_the_norm_without_its_square_is_not_below():
+    residual = 0.5  # the source: -||r||^2 <= max -||r||, which for residuals below 1 says -0.25 <= -0.5
+    assert not -(residual**2) <= -residual
+
+
+@pytest.mark.checks("eq-gae-nmf", how="exact")
+def test_each_non_negative_coordinate_goes_to_its_best_value():
+    generator = torch.Generator().manual_seed(0)
+    W, z, x = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in ((3, 7), (1, 3), (1, 7)))
+    by_hand = z.clone()
+    for j in range(3):
+        grid = torch.linspace(0, 3, 300_001, dtype=torch.float64)
+        tried = by_hand.repeat(len(grid), 1)
+        tried[:, j] = grid
+        by_hand[0, j] = grid[(x - tried @ W).square().sum(1).argmin()]
+    torch.testing.assert_close(nmf_step(x, z, W), by_hand, rtol=0, atol=1e-5)
+    for _ in range(2000):
+        z = nmf_step(x, z, W)
+    torch.testing.assert_close(z[0], torch.from_numpy(nnls(W.numpy().T, x[0].numpy())[0]), **TOL)
+
+
+# Errors per pixel of known methods on the digits, held out.
+
+
+@pytest.mark.parametrize(("q", "known"), [(2, 0.0540), (5, 0.0347), (10, 0.0201), (20, 0.0084)])
+def test_error_of_pca(digits, q, known):
+    x, unseen = digits
+    model = fit_local_linear(x, 1, q).model
+    assert (unseen - model(unseen)).square().mean() < 1.02 * known
+
+
+def best_of(x, components, q, starts):
+    """The fit with the least training error, started from k-means."""
+    fits = []
+    for seed in range(starts):
+        generator = torch.Generator().manual_seed(seed)
+        centres = fit_local_linear(x, components, 0, generator=generator).model.mu
+        fits.append(fit_local_linear(x, components, q, start=centres))
+    return max(fits, key=lambda fit: float(fit.objective[-1])).model
+
+
+@pytest.mark.parametrize(
+    ("components", "q", "known"), [(10, 0, 0.0415), (50, 0, 0.0279), (10, 2, 0.0261), (10, 5, 0.0165)]
+)
+def test_error_of_k_means_and_local_pca(digits, components, q, known):
+    x, unseen = digits
+    model = best_of(x, components, q, starts=5)
+    assert (unseen - model(unseen)).square().mean() < 1.02 * known
+
+
+def test_error_of_nmf(digits):
+    x, unseen = digits
+    known = NMF(10, init="nndsvda", solver="cd", max_iter=1, tol=0)
+    z = torch.from_numpy(known.fit_transform(x.numpy()))
+    W = torch.from_numpy(known.components_)
+    for _ in range(400):
+        z = nmf_step(x, z, W)
+        W = nmf_step(x.mT, W.mT, z.mT).mT
+    code = torch.zeros(len(unseen), 10, dtype=x.dtype)
+    for _ in range(200):
+        code = nmf_step(unseen, code, W)
+    assert (unseen - code @ W).square().mean() < 1.02 * 0.0255
+
+
+# What goes wrong is said.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps and n_starts must be at least 1"),
+        ({"step_size": 0.0}, "step_size and sigma must be positive"),
+        ({"sigma": -1.0}, "step_size and sigma must be positive"),
+        ({"prior": "uniform"}, 'prior must be "normal" or "flat"'),
+        ({"combine": "sum"}, 'combine must be "max" or "logmeanexp"'),
+    ],
+)
+def test_bad_arguments_of_the_gae_are_named(changes, message):
+    W, mu, _ = random_linear()
+    with pytest.raises(ValueError, match=message):
+        GAE(linear(W, mu), 3, **{"steps": 1, "step_size": 0.1, **changes})
+
+
+def test_what_cannot_be_done_with_a_code_is_said():
+    W, mu, x = random_linear()
+    flat = GAE(linear(W[:, [0, 0, 1]], mu), 3, steps=50, step_size=0.01, prior="flat")
+    with pytest.raises(ValueError, match="strict maxima"):
+        flat.laplace_nll(x)  # W is singular: the code is not unique
+    assert torch.isfinite(flat.encode(x)).all()
+    with pytest.raises(ValueError, match='prior must be "normal" to draw codes'):
+        flat.sample(3)
+    with pytest.raises(ValueError, match="decoder must give the shape of x"):
+        flat.loss(x[:, :4])
+    assert GAE(linear(W, mu), 3, steps=1, step_size=0.1).sample(4).shape == (4, 6)
+
+
+def test_a_singular_subspace_has_the_shortest_code():
+    W, mu, x = random_linear()
+    W = W[:, [0, 0, 1]]
+    flat = GAE(linear(W, mu), 3, steps=5000, step_size=0.05, prior="flat")
+    torch.testing.assert_close(flat.encode(x).detach(), (x - mu) @ torch.linalg.pinv(W).T, **TOL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((11, 0), "components must be 1 to n"),
+        ((0, 0), "components must be 1 to n"),
+        ((2, 5), "dim 0 to D"),
+    ],
+)
+def test_bad_numbers_of_components_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit_local_linear(torch.randn(10, 4), *arguments)
+
+
+def test_data_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="x must be finite"):
+        fit_local_linear(torch.full((10, 4), math.nan), 2, 0)
+    with pytest.raises(ValueError, match="start must have shape"):
+        fit_local_linear(torch.randn(10, 4), 2, 0, start=torch.zeros(3, 4))
+
+
+def test_an_empty_component_goes_to_the_worst_datum():
+    x = torch.tensor([[0.0], [0.1], [0.2], [10.0]], dtype=torch.float64)
+    start = torch.tensor([[0.1], [500.0]], dtype=torch.float64)
+    fit = fit_local_linear(x, 2, 0, start=start)
+    assert fit.reseeded == 1
+    torch.testing.assert_close(fit.model.mu.flatten().sort().values, torch.tensor([0.1, 10.0], dtype=torch.float64))
+    copies = torch.ones(5, 2, dtype=torch.float64)
+    assert float(fit_local_linear(copies, 3, 0).model.squared_distances(copies).amin(1).sum()) == 0
+
+
+def test_ppca_is_the_maximum_of_its_likelihood(digits):
+    x = digits[0][:, digits[0].std(0) > 0.05]
+    mu, W, noise = ppca(x, 4)
+
+    def likelihood(mu, W, noise):
+        return float(factor_log_likelihood(x, mu, W, noise.expand(len(mu))).mean())
+
+    best = likelihood(mu, W, noise)
+    for changed in ((mu + 0.01, W, noise), (mu, 1.05 * W, noise), (mu, W, 1.05 * noise), (mu, W, 0.95 * noise)):
+        assert likelihood(*changed) < best
+    with pytest.raises(ValueError, match="dim must be 1 to"):
+        ppca(x, 0)
+    with pytest.raises(ValueError, match="must have variance"):
+        ppca(torch.randn(50, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64), 2)
+    with pytest.raises(ValueError, match="psi must be positive"):
+        factor_log_likelihood(x, mu, W, 0 * mu)
+
+
+def test_bad_parts_of_local_models_are_named():
+    mu = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="mu must be"):
+        LocalLinearGAE(mu, torch.zeros(3, 3, 1))
+    with pytest.raises(ValueError, match="orthonormal"):
+        LocalLinearGAE(mu, torch.ones(2, 3, 1))
+    with pytest.raises(ValueError, match="sigma must be positive"):
+        LocalLinearGAE(mu, torch.zeros(2, 3, 0), sigma=0.0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        nmf_step(torch.ones(2, 3), -torch.ones(2, 1), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="x, z, W must be"):
+        nmf_step(torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="beta must be positive"):
+        soft_minimum(torch.ones(3), 0.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        KernelMixture(0, 2, 3)
+    with pytest.raises(ValueError, match="x must have shape"):
+        GGAE(KernelMixture(2, 2, 3), 2, steps=1, step_size=0.1).loss(torch.zeros(4, 5))
+
+
+def test_it_trains_in_the_common_loop():
+    x = data.load("digits").x_train[:256]
+    torch.manual_seed(0)
+    _, decoder = nets.mlp_pair(x.shape[1:], 4, hidden=(32,))
+    gae = GAE(decoder, 4, steps=5, step_size=0.05, sigma=0.3)
+    history = train.fit(gae, x, epochs=20, batch_size=64, lr=5e-3, device="cpu", progress=False)
+    assert history["total"][-4:].mean() < history["total"][:4].mean() - 20
+    with torch.no_grad():
+        assert gae(x).shape == x.shape and not gae.encode(x).requires_grad

@@ -220,9 +220,8 @@ def nmf_step(x: Tensor, z: Tensor, W: Tensor) -> Tensor:
         Codes, (n, q), whose squared error is not larger.
     """
     if x.shape != (len(z), W.shape[1]) or z.shape[1] != len(W):
-        raise ValueError(
-            f"x (n, D), z (n, q), W (q, D) must fit, got {tuple(x.shape)}, {tuple(z.shape)}, {tuple(W.shape)}"
-        )
+        shapes = [tuple(v.shape) for v in (x, z, W)]
+        raise ValueError(f"x, z, W must be (n, D), (n, q), (q, D), got {shapes}")
     if (z < 0).any() or (W < 0).any():
         raise ValueError("z and W must not be negative")
     z, gram, target = z.clone(), W @ W.T, x @ W.T
@@ -247,9 +246,8 @@ def factor_log_likelihood(x: Tensor, mu: Tensor, W: Tensor, psi: Tensor) -> Tens
         ValueError: if a variance is not positive or shapes do not fit.
     """
     if W.ndim != 2 or x.ndim != 2 or not x.shape[1] == len(mu) == len(W) == len(psi):
-        raise ValueError(
-            f"x, mu, W, psi must be (n, D), (D,), (D, q), (D,), got {[tuple(v.shape) for v in (x, mu, W, psi)]}"
-        )
+        shapes = [tuple(v.shape) for v in (x, mu, W, psi)]
+        raise ValueError(f"x, mu, W, psi must be (n, D), (D,), (D, q), (D,), got {shapes}")
     if not (psi > 0).all():
         raise ValueError("psi must be positive: without noise the model has no density")
     cov = W @ W.T + psi.diag()
