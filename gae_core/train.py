@@ -32,6 +32,7 @@ def fit(
     batch_size: int = 128,
     lr: float = 1e-3,
     optimizer: str = "adam",
+    betas: tuple[float, float] = (0.9, 0.999),
     schedule: Callable[[float], float] | None = None,
     clip: float | None = None,
     device: str | torch.device = "auto",
@@ -69,6 +70,7 @@ def fit(
         batch_size: rows of a step, at most n, over all processes.
         lr: learning rate, at its start when there is a schedule.
         optimizer: "adam" or "sgd", without momentum.
+        betas: decay rates of Adam's averages of the gradient and of its square; opposing players often want less.
         schedule: factor of the learning rate as a function of the progress in [0, 1), for example
             ``lambda t: 1 - t``.
         clip: largest norm of a player's gradient; a longer one is shortened to it.
@@ -108,6 +110,8 @@ def fit(
         raise ValueError(f"y must have one row for each row of x, got {len(y)} and {len(x)}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), got {betas}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be a positive norm or None, got {clip}")
     if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint is None):
@@ -119,7 +123,8 @@ def fit(
     players = getattr(model, "players", {"": (model.parameters(), 1)})
     turns = [name for name, (_, count) in players.items() for _ in range(count)]
     parameters = {name: [p for p in group if p.requires_grad] for name, (group, _) in players.items()}
-    optimizers = {name: OPTIMIZERS[optimizer](group, lr=lr, fused=True) for name, group in parameters.items()}
+    rates = {"lr": lr, "fused": True} | ({"betas": betas} if optimizer == "adam" else {})
+    optimizers = {name: OPTIMIZERS[optimizer](group, **rates) for name, group in parameters.items()}
     order = torch.Generator().manual_seed(seed)
     noise = torch.Generator(device).manual_seed(seed)
     steps = len(x) // batch_size
@@ -130,6 +135,8 @@ def fit(
     settings = {"rows": len(x), "batch_size": batch_size, "lr": lr, "seed": seed, "clip": clip, "precision": precision}
     if optimizer != "adam":
         settings["optimizer"] = optimizer
+    if betas != (0.9, 0.999):
+        settings["betas"] = tuple(betas)
     if schedule is not None:
         settings["epochs"] = epochs  # the schedule depends on the end
     if checkpoint is not None and (checkpoint := Path(checkpoint)).exists():

@@ -67,7 +67,8 @@ def same(a, b):
 OPTIONS = dict(batch_size=5, lr=0.05, device="cpu", seed=3, progress=False)
 
 
-def test_it_is_adam_on_the_mean_of_the_total_written_out():
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
+def test_it_is_adam_on_the_mean_of_the_total_written_out(betas):
     """One linear weight, the whole data set as a batch, against the update rule of Kingma and Ba in plain Python."""
 
     class Mean(nn.Module):
@@ -78,16 +79,18 @@ def test_it_is_adam_on_the_mean_of_the_total_written_out():
         def loss(self, x, y=None, *, generator=None):
             return dataclasses.make_dataclass("L", ["total"])((self.w - x[:, 0]).square())
 
-    x, model = rows(7, 1, dtype=torch.float64), Mean()
-    history = fit(model, x, epochs=6, batch_size=7, lr=0.1, schedule=lambda t: 1 - t, device="cpu", progress=False)
+    x, model, (b, c) = rows(7, 1, dtype=torch.float64), Mean(), betas
+    options = {} if betas == (0.9, 0.999) else {"betas": betas}
+    options |= dict(batch_size=7, lr=0.1, schedule=lambda t: 1 - t, device="cpu", progress=False)
+    history = fit(model, x, epochs=6, **options)
     w, m, v, losses, centre = 0.5, 0.0, 0.0, [], x.mean().item()
     spread = x.var(correction=0).item()
     for step in range(1, 7):
         losses.append((w - centre) ** 2 + spread)
         gradient = 2 * (w - centre)
-        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        m, v = b * m + (1 - b) * gradient, c * v + (1 - c) * gradient**2
         lr = 0.1 * (1 - (step - 1) / 6)  # the schedule's factor at the start of the step
-        w -= lr * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        w -= lr * (m / (1 - b**step)) / (math.sqrt(v / (1 - c**step)) + 1e-8)
     assert model.w.item() == pytest.approx(w, abs=1e-12)
     assert history["total"].tolist() == pytest.approx(losses, rel=1e-6)
 
@@ -499,6 +502,7 @@ BAD = {
     "nowhere to write": (dict(checkpoint_every=3), "checkpoint_every must be .* with a checkpoint to write to, got 3"),
     "every zero steps": (dict(checkpoint="a.pt", checkpoint_every=0), "checkpoint_every must be at least 1.* got 0"),
     "optimizer": (dict(optimizer="lion"), "optimizer must be one of adam, sgd, got 'lion'"),
+    "betas": (dict(betas=(0.9, 1.0)), r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
     "precision": (dict(precision="half"), '"auto", "float32" or "bf16", got .half'),
     "compile": (dict(compile="fast"), 'False, True or "reduce-overhead", got .fast'),
     "graphs on the CPU": (dict(compile="reduce-overhead"), "captures CUDA graphs, the device is cpu: pass compile=Tr"),
