@@ -1,5 +1,6 @@
 """Measures of a variational model: its likelihood, and what its encoder's distribution q(z | x) carries. In nats."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,14 @@ from gae_core.gaussian import kl_to_standard_normal
 
 @torch.no_grad()
 def importance_weighted_nll(
-    model: nn.Module, x: Tensor, *, samples: int = 500, chunk_size: int = 5000, generator: Generator | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    samples: int = 500,
+    proposal: str = "posterior",
+    chunk_size: int = 5000,
+    generator: Generator | None = None,
 ) -> Tensor:
     r"""Estimate -log p(x) of each x from importance-weighted samples of the encoder (Burda et al., ICLR 2016).
 
@@ -22,11 +30,18 @@ def importance_weighted_nll(
     the negative evidence lower bound. Where q(z | x) is the posterior it is exact for any S. A q narrower than the
     posterior makes it fall slowly, and nothing in the figure tells. For beta other than 1 this is still -log p(x).
 
+    With y it is -log p(x | y) of a conditional model, with q(z | x, y) and p(z | y). With the prior as proposal the
+    weights are p(x | z, y) alone, at z from p(z | y), which is plain Monte Carlo. It has the same limit, but weights
+    that are nearly all negligible: at equal S it lies above, by tens of nats where z decides much
+    (``eq-cvae-prior-excess``).
+
     Args:
-        model: has ``dim`` and ``log_weights(x, eps)``, see :meth:`gae_core.models.vae.VAE.log_weights`; in evaluation
-            mode.
+        model: has ``dim`` and ``log_weights(x, eps)``, see :meth:`gae_core.models.vae.VAE.log_weights`, or
+            ``log_weights(x, eps, y)``, see :meth:`gae_core.models.cvae.CVAE.log_weights`; in evaluation mode.
         x: data, (n, ...), bytes or floats.
+        y: condition of each x, (n, ...), for a conditional model alone.
         samples: S.
+        proposal: "posterior", or "prior" for a conditional model.
         chunk_size: pairs (x, z) decoded at a time. The result does not depend on it, but for rounding.
         generator: source of the noise, on any device.
 
@@ -34,24 +49,30 @@ def importance_weighted_nll(
         Estimates in nats, (n,), float64, on the device of ``x``. Their mean is the figure of the literature.
 
     Raises:
-        ValueError: if there is no x, ``samples`` or ``chunk_size`` is below 1, or an estimate is not finite.
+        ValueError: if there is no x, ``samples`` or ``chunk_size`` is below 1, y has not a row for each x, the model
+            refuses one of them, or an estimate is not finite.
     """
     if min(len(x), samples, chunk_size) < 1:
         raise ValueError(
             f"x must have rows, samples and chunk_size must be at least 1, "
             f"got {len(x)} rows, samples={samples}, chunk_size={chunk_size}"
         )
+    if y is not None and len(y) != len(x):
+        raise ValueError(f"y must have one row for each row of x, got {len(y)} and {len(x)}")
     parameter = next(model.parameters())
     source = parameter.device if generator is None else generator.device
     dtype = x.dtype if x.is_floating_point() else parameter.dtype  # tokens have no noise of their own kind
+    options = {} if proposal == "posterior" else {"proposal": proposal}
+    size = max(1, chunk_size // samples)
+    conditions = itertools.repeat(()) if y is None else ((part,) for part in y.to(parameter.device).split(size))
     result = []
-    for rows in x.split(max(1, chunk_size // samples)):
+    for rows, condition in zip(x.split(size), conditions, strict=False):
         rows = to_unit(rows.to(parameter.device))
         # One draw for each x, so that its noise does not depend on the chunks.
         eps = [torch.randn(samples, model.dim, generator=generator, device=source, dtype=dtype) for _ in rows]
         total = rows.new_full((len(rows),), -math.inf, dtype=torch.float64)
         for part in torch.stack(eps).to(parameter.device).split(chunk_size, dim=1):
-            total = torch.logaddexp(total, model.log_weights(rows, part).double().logsumexp(1))
+            total = torch.logaddexp(total, model.log_weights(rows, part, *condition, **options).double().logsumexp(1))
         result.append((math.log(samples) - total).to(x.device))
     nll = torch.cat(result)
     if not torch.isfinite(nll).all():
