@@ -16,8 +16,14 @@ def token_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
 
     Padding, token 0, has no logit and counts nothing.
     """
+    logits = _widened(logits)
     each = F.cross_entropy(logits.flatten(0, 1), x.flatten() - 1, ignore_index=-1, reduction="none")
     return -each.view(x.shape).sum(1)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Autocast would round likelihoods and divergences: half precision becomes float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class TextVAE(nn.Module):
@@ -81,7 +87,7 @@ class TextVAE(nn.Module):
             raise ValueError(
                 f"x must be int64 tokens (batch, length), none of the sentences empty, got {x.dtype} {tuple(x.shape)}"
             )
-        parameters = self.encoder(x).float()  # autocast would round the divergence
+        parameters = _widened(self.encoder(x))
         if parameters.shape != (len(x), 2 * self.dim):
             raise ValueError(f"encoder must give shape {(len(x), 2 * self.dim)}, got {tuple(parameters.shape)}")
         mu, raw = parameters.chunk(2, dim=1)
@@ -93,7 +99,7 @@ class TextVAE(nn.Module):
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Logarithms of p(x | z) for each sentence (batch, length) at its z (batch, dim), shape (batch,)."""
-        return token_log_likelihood(self.decoder(x, z).float(), x)
+        return token_log_likelihood(self.decoder(x, z), x)
 
     def log_weights(self, x: Tensor, eps: Tensor) -> Tensor:
         r"""Logarithms of importance weights :math:`p(x|z)\,p(z)\,/\,q(z|x)`, (batch, samples).
@@ -225,5 +231,5 @@ class CodeReader(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> VAELoss:
         """-log p(x | y) for sentences x (batch, length) and their codes y (batch, dim)."""
-        nll = -token_log_likelihood(self.decoder(x, y).float(), x)
+        nll = -token_log_likelihood(self.decoder(x, y), x)
         return VAELoss(nll, nll, torch.zeros_like(nll))
