@@ -34,6 +34,7 @@ def mlp_pair(
     hidden: Sequence[int] = (512, 256),
     heads: int = 1,
     output: type[nn.Module] = nn.Sigmoid,
+    activation: type[nn.Module] = nn.ReLU,
 ) -> tuple[nn.Module, nn.Module]:
     """Encoder from images of a shape to codes (batch, dim), and the mirrored decoder back to images in [0, 1].
 
@@ -43,10 +44,12 @@ def mlp_pair(
         hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
         heads: vectors of length dim that the encoder gives side by side, (batch, heads * dim): 2 for mu and logvar.
         output: class of the decoder's last layer; ``nn.Identity`` gives logits instead of images.
+        activation: class of the activations between the layers.
     """
     pixels = math.prod(shape)
-    encoder = nn.Sequential(nn.Flatten(), mlp([pixels, *hidden, heads * dim]))
-    decoder = nn.Sequential(mlp([dim, *reversed(hidden), pixels]), output(), nn.Unflatten(1, tuple(shape)))
+    encoder = nn.Sequential(nn.Flatten(), mlp([pixels, *hidden, heads * dim], activation=activation))
+    layers = mlp([dim, *reversed(hidden), pixels], activation=activation)
+    decoder = nn.Sequential(layers, output(), nn.Unflatten(1, tuple(shape)))
     return encoder, decoder
 
 

@@ -1,4 +1,8 @@
-"""The variational autoencoder (Kingma and Welling, ICLR 2014). Likelihoods and divergences are in nats."""
+"""The variational autoencoder, and its importance-weighted bound. Likelihoods and divergences are in nats.
+
+Sources: Kingma and Welling, *Auto-encoding variational Bayes*, ICLR 2014; Burda, Grosse and Salakhutdinov,
+*Importance weighted autoencoders*, ICLR 2016. Derived in the chapter *The variational autoencoder*.
+"""
 
 import math
 from dataclasses import dataclass
@@ -30,6 +34,8 @@ class VAELoss:
 class VAE(Autoencoder):
     r"""Autoencoder with a distribution at either end: :math:`q(z|x)` from the encoder, :math:`p(x|z)` from the decoder.
 
+    Its loss is minus ``def-vae-elbo``, at one z for each x and with weight beta on the divergence:
+
     .. math:: -\log p(x|z) + \beta\,\mathrm{KL}\bigl(q(z|x)\,\|\,N(0, I)\bigr), \qquad
         z = \mu(x) + \sigma(x) \odot \epsilon \sim q(z|x)
 
@@ -37,12 +43,16 @@ class VAE(Autoencoder):
 
     - ``"bernoulli"``: independent binary entries with the decoder's output as logits. It is a likelihood for entries 0
       and 1 alone. Grey values train as well, on the cross-entropy that is common for them, but what they give is no
-      -log p(x): the density that it implies does not integrate to 1. Measures of the likelihood refuse them.
+      -log p(x): the density that it implies does not integrate to 1. Measures of the likelihood refuse them. With
+      ``binarise`` the loss reads them as probabilities and draws an image of zeros and ones anew at every call.
     - ``"gaussian"``: :math:`N(x; m(z), \sigma^2 I)` with the decoder's output as means m. Its -log p(x|z) is the
       squared error over :math:`2\sigma^2`, plus :math:`\tfrac12\log 2\pi\sigma^2` an entry.
 
     ``encode`` gives the mean of q, ``decode`` the mean of p(x | z), and ``sample`` decodes codes drawn from N(0, I) to
     such means, without the noise of p(x | z).
+
+    A logvar of -100 is an ordinary, nearly deterministic code. At 100 the divergence is finite in float64 and infinite
+    in float32 (from 89 on), where :func:`gae_core.train.fit` stops with an error that names it.
 
     Source: Kingma and Welling, *Auto-encoding variational Bayes*, ICLR 2014; beta: Higgins et al., ICLR 2017.
 
@@ -55,10 +65,12 @@ class VAE(Autoencoder):
         sigma: standard deviation of the Gaussian likelihood, the same for all entries; None learns it, from 1.
         norm: module that makes (mu, logvar), each (batch, dim), of the two halves of the encoder's output; None takes
             them as they are.
+        binarise: whether the loss draws binary images from grey ones, by the noise of its generator.
 
     Raises:
-        ValueError: for another likelihood, a negative ``beta``, a ``sigma`` that is not positive or has no use; and
-            when used, if encoder or decoder give other shapes.
+        ValueError: for another likelihood, a negative ``beta``, a ``sigma`` that is not positive or has no use,
+            ``binarise`` without the Bernoulli likelihood; and when used, if encoder or decoder give other shapes, or
+            images to be binarised are not in [0, 1].
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class VAE(Autoencoder):
         beta: float = 1.0,
         sigma: float | None = 1.0,
         norm: nn.Module | None = None,
+        binarise: bool = False,
     ) -> None:
         super().__init__(encoder, decoder, dim)
         if likelihood not in ("bernoulli", "gaussian"):
@@ -81,7 +94,9 @@ class VAE(Autoencoder):
             raise ValueError(f"sigma must be left out for a Bernoulli likelihood, which has none, got {sigma}")
         if sigma is not None and not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be a positive number, or None to learn it, got {sigma}")
-        self.likelihood, self.beta, self.norm = likelihood, beta, norm
+        if binarise and likelihood != "bernoulli":
+            raise ValueError(f'binarise must be False for the {likelihood} likelihood: only "bernoulli" is of binary x')
+        self.likelihood, self.beta, self.norm, self.binarise = likelihood, beta, norm, binarise
         if sigma is None:
             self.log_sigma = nn.Parameter(torch.zeros(()))
         else:
@@ -128,6 +143,8 @@ class VAE(Autoencoder):
     def log_weights(self, x: Tensor, eps: Tensor) -> Tensor:
         r"""Logarithms of importance weights :math:`p(x|z)\,p(z)\,/\,q(z|x)`; the weights' mean estimates p(x).
 
+        Implements ``def-vae-weights``.
+
         Args:
             x: data, (batch, ...); for a Bernoulli likelihood all entries 0 or 1.
             eps: standard normal noise, (batch, samples, dim), from which z is made.
@@ -154,9 +171,68 @@ class VAE(Autoencoder):
                 "binarise them, for example by torch.bernoulli(x, generator=...), and say so beside the figure"
             )
 
+    def _binarised(self, x: Tensor, generator: Generator | None) -> Tensor:
+        """What the loss sees of x: with ``binarise`` zeros and ones whose means are x, new ones at each call."""
+        if not self.binarise:
+            return x
+        if not ((x >= 0) & (x <= 1)).all():
+            raise ValueError(f"x must be in [0, 1] to be binarised, got {float(x.min()):g} to {float(x.max()):g}")
+        return (parallel.rand_like(x, generator=generator) < x).to(x.dtype)
+
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
         """Loss on a batch with one z for each x, its noise from ``generator``; ``y`` is not used."""
+        x = self._binarised(x, generator)
         mu, logvar = self.posterior(x)
         z = mu + (0.5 * logvar).exp() * parallel.randn_like(mu, generator=generator)
         reconstruction, kl = -self.log_likelihood(x, z), kl_to_standard_normal(mu, logvar)
         return VAELoss(reconstruction + self.beta * kl, reconstruction, kl)
+
+
+@dataclass(frozen=True)
+class IWAELoss:
+    """Terms of the loss, each of shape (batch,), on the same draws.
+
+    Attributes:
+        total: minus the logarithm of the mean weight, what is minimised; its expectation bounds -log p(x) from above.
+        negative_elbo: minus the mean logarithm of a weight, never below ``total``.
+    """
+
+    total: Tensor
+    negative_elbo: Tensor
+
+
+class IWAE(VAE):
+    r"""A VAE trained on the importance-weighted bound, of which its own is the case of one sample.
+
+    .. math:: -\log\frac1k\sum_{s=1}^k w_s, \qquad w_s = \frac{p(x|z_s)\,p(z_s)}{q(z_s|x)}, \quad z_s \sim q(z|x)
+
+    Implements ``def-vae-iw``. The value is the bound's, and its gradient that of ``eq-vae-iw-gradient``; the sum of
+    normalised weights times logarithms that some programs minimise has this gradient, but not this value
+    (``eq-vae-iw-surrogate``).
+
+    Args:
+        encoder: as for :class:`VAE`.
+        decoder: as for :class:`VAE`.
+        dim: dimension of the code.
+        samples: k, draws for each x.
+        **options: as for :class:`VAE`, without ``beta``: the bound does not split into two terms that one could weigh.
+
+    Raises:
+        ValueError: as VAE, if ``samples`` is below 1, or for another ``beta`` than 1; and in the loss, if x is grey
+            without ``binarise`` and has no Bernoulli likelihood.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, dim: int, *, samples: int, **options) -> None:
+        super().__init__(encoder, decoder, dim, **options)
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        if self.beta != 1:
+            raise ValueError(f"beta must be 1 for the importance-weighted bound, got {self.beta}")
+        self.samples = samples
+
+    def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> IWAELoss:
+        """Loss on a batch with k draws for each x, their noise from ``generator``; ``y`` is not used."""
+        x = self._binarised(x, generator)
+        eps = parallel.randn_like(x.new_empty(len(x), self.samples, self.dim), generator=generator)
+        log_weights = self.log_weights(x, eps)
+        return IWAELoss(math.log(self.samples) - log_weights.logsumexp(1), -log_weights.mean(1))
