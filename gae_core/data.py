@@ -112,6 +112,36 @@ def example_images(*, root: str | Path | None = None) -> Images:
     return images
 
 
+def stack(images: Images, digits: int = 3, *, train: int, test: int, seed: int = 0) -> Images:
+    """Stacked MNIST: images of independent random classes as the channels of one, whose class is their number.
+
+    Three digits make 1,000 classes of equal chance up to the frequencies of the digits, and known to a classifier of
+    one digit. Digits of training images come from training images, those of test images from test images.
+
+    Args:
+        images: grey images of ten classes, such as MNIST.
+        digits: channels of the result.
+        train: how many training images are made, once and for all.
+        test: how many test images.
+        seed: of what is stacked.
+
+    Returns:
+        Images (n, digits, height, width) named "stacked_<name>"; class 100 a + 10 b + c of the digits a, b, c.
+
+    Raises:
+        ValueError: for images that have channels or other than ten classes.
+    """
+    if images.shape[0] != 1 or int(images.y_train.max()) != 9:
+        raise ValueError(f"images must be grey and of ten classes, got shape {images.shape}")
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[Tensor] = []
+    for x, y, n in ((images.x_train, images.y_train, train), (images.x_test, images.y_test, test)):
+        rows = torch.randint(len(x), (n, digits), generator=generator)
+        place = 10 ** torch.arange(digits - 1, -1, -1)
+        parts += [x[rows, 0], (y[rows] * place).sum(1)]
+    return Images(f"stacked_{images.name}", *parts)
+
+
 @dataclass(frozen=True)
 class Toy:
     """A density in the plane that can be sampled and evaluated.

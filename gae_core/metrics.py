@@ -184,6 +184,110 @@ def mode_count(labels: Tensor, reference: Tensor) -> ModeCount:
     )
 
 
+@dataclass(frozen=True)
+class ModeQuality:
+    """How a sample lies about the modes of a mixture of equal round Gaussians in the plane.
+
+    Attributes:
+        modes: modes with at least one sample of high quality.
+        high_quality: share of samples within 3 standard deviations of their nearest mode; for the mixture itself
+            1 - exp(-4.5) = 0.989.
+        spread: root mean squared distance to the nearest mode a coordinate, in standard deviations; for the mixture
+            itself 1. Points on the modes have high quality and no spread.
+        kl: KL divergence in nats of the modes' shares of all samples from equal shares, as in :class:`ModeCount`.
+    """
+
+    modes: int
+    high_quality: float
+    spread: float
+    kl: float
+
+
+def mode_quality(x: Tensor, modes: Tensor, std: float) -> ModeQuality:
+    """Count modes found, share of samples of high quality and spread within modes (Lin et al., NeurIPS 2018).
+
+    One sample of high quality finds a mode, so noise that covers the plane finds all of them: look at both.
+
+    Args:
+        x: samples, (n, 2).
+        modes: centres, (modes, 2).
+        std: standard deviation of each component a coordinate.
+
+    Raises:
+        ValueError: for other shapes, or samples that are not finite.
+    """
+    if x.ndim != 2 or x.shape[1] != 2 or len(x) == 0 or modes.shape[1:] != (2,):
+        raise ValueError(f"x and modes must have shapes (n, 2), got {tuple(x.shape)} and {tuple(modes.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError("x must be finite, got NaN or infinite entries")
+    distance, nearest = torch.cdist(x.detach().double(), modes.to(x.device).double()).min(1)
+    high = distance < 3 * std
+    return ModeQuality(
+        modes=len(nearest[high].unique()),
+        high_quality=float(high.double().mean()),
+        spread=float((distance.square().mean() / 2).sqrt() / std),
+        kl=mode_count(nearest, torch.ones(len(modes))).kl,
+    )
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well a score tells anomalies from the rest.
+
+    Attributes:
+        auroc: chance that an anomaly scores higher than another sample, ties counted half; 0.5 for chance.
+        auprc: mean of the precision at each anomaly (average precision).
+        prevalence: share of anomalies, the ``auprc`` of chance.
+        least: the smallest ``auprc`` that there is with these numbers, of all anomalies ranked last.
+    """
+
+    auroc: float
+    auprc: float
+    prevalence: float
+    least: float
+
+
+def detection(scores: Tensor, anomaly: Tensor) -> Detection:
+    r"""Areas under the ROC curve and under the curve of precision and recall, with what chance and the worst would get.
+
+    .. math:: \mathrm{AUPRC} = \frac1k\sum_{j=1}^{k} \mathrm{precision\ at\ the\ rank\ of\ anomaly\ } j, \qquad
+        \text{least} = \frac1k\sum_{j=1}^{k}\frac{j}{n - k + j} \approx 1 + \frac{1 - \pi}{\pi}\log(1 - \pi)
+
+    Implements ``def-meg-auprc`` and ``eq-meg-least``. Compare figures of the first kind at equal prevalence only.
+
+    Args:
+        scores: higher for what looks more anomalous, (n,).
+        anomaly: which samples are anomalies, booleans (n,), some and not all.
+
+    Raises:
+        ValueError: for other shapes, scores that are not finite, or one kind of sample only.
+    """
+    if scores.ndim != 1 or anomaly.shape != scores.shape or anomaly.dtype != torch.bool:
+        raise ValueError(
+            f"scores and anomaly must be (n,), the second boolean, got {tuple(scores.shape)} and "
+            f"{anomaly.dtype} {tuple(anomaly.shape)}"
+        )
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores must be finite, got NaN or infinite ones")
+    n, k = len(scores), int(anomaly.sum())
+    if not 0 < k < n:
+        raise ValueError(f"anomaly must have both kinds, got {k} anomalies of {n}")
+    # Scores that are equal share a threshold: what is counted is counted to the end of their group.
+    values, group = scores.detach().cpu().double().neg().unique(return_inverse=True)  # highest score first
+    hits = torch.bincount(group, anomaly.cpu().double(), minlength=len(values))
+    total = torch.bincount(group, minlength=len(values)).double()
+    found, seen = hits.cumsum(0), total.cumsum(0)
+    misses = total - hits
+    later = misses.sum() - misses.cumsum(0)  # samples of the other kind with a lower score
+    ranks = torch.arange(1, k + 1, dtype=torch.float64)
+    return Detection(
+        auroc=float((hits * (later + misses / 2)).sum() / (k * (n - k))),
+        auprc=float((hits * found / seen).sum() / k),
+        prevalence=k / n,
+        least=float((ranks / (n - k + ranks)).mean()),
+    )
+
+
 @torch.no_grad()
 def inception_fid(
     real: Tensor, fake: Tensor, *, feature: int | nn.Module = 2048, device: str = "cpu", batch_size: int = 100

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MATHEMATICS = ("gaussian", "entropy", "normalization", "sampling", "information")
+MATHEMATICS = ("gaussian", "entropy", "normalization", "sampling", "information", "energy")
 FLOORS = [
     {*MATHEMATICS, "nets", "data", "parallel", "text"},
     {"models"},
