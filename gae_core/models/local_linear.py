@@ -113,8 +113,9 @@ def fit_local_linear(
     components: int,
     dim: int,
     *,
-    start: Tensor | None = None,
+    start: Tensor | LocalLinearGAE | None = None,
     hard: bool = True,
+    equal_weights: bool = False,
     sigma: float = 1.0,
     max_steps: int = 300,
     tol: float = 0.0,
@@ -132,8 +133,11 @@ def fit_local_linear(
         x: data, (n, D), floating point.
         components: K, at most n.
         dim: q, at most D.
-        start: centres to start from, (K, D), with subspaces of dimension 0; None draws them by k-means++.
-        hard: hard assignment with equal weights; otherwise soft, with weights fitted.
+        start: centres to start from, (K, D), with subspaces of dimension 0; or a model; None draws centres by
+            k-means++. Soft fits of equal weights with falling sigma, each from the one before,
+            make a better start than centres do.
+        hard: hard assignment, with equal weights; otherwise soft.
+        equal_weights: leave the weights of a soft fit equal instead of fitting them.
         sigma: standard deviation around the subspaces; matters for the soft fit alone.
         max_steps: largest number of steps.
         tol: stop when the objective rises by no more than this.
@@ -150,10 +154,17 @@ def fit_local_linear(
             f"components must be 1 to n, dim 0 to D and max_steps at least 1, got components={components} for n={n}, "
             f"dim={dim} for D={entries}, max_steps={max_steps}"
         )
-    mu = plus_plus(x, components, generator=generator) if start is None else start.clone()
-    if mu.shape != (components, entries):
-        raise ValueError(f"start must have shape {(components, entries)}, got {tuple(mu.shape)}")
-    model = LocalLinearGAE(mu, mu.new_zeros(components, entries, 0), sigma=sigma)
+    if start is None:
+        start = plus_plus(x, components, generator=generator)
+    centres = start.mu if isinstance(start, LocalLinearGAE) else start
+    if centres.shape != (components, entries):
+        raise ValueError(f"start must have shape {(components, entries)}, got {tuple(centres.shape)}")
+    if isinstance(start, LocalLinearGAE):
+        model = LocalLinearGAE(
+            start.mu, start.W, log_weights=None if hard or equal_weights else start.log_weights, sigma=sigma
+        )
+    else:
+        model = LocalLinearGAE(start, start.new_zeros(components, entries, 0), sigma=sigma)
     objective, reseeded, before = [], 0, None
     for step in range(max_steps + 1):
         joint = model.log_joint(x)
@@ -176,7 +187,7 @@ def fit_local_linear(
             log_weights = None
         else:
             weights = joint.softmax(1)
-            log_weights = weights.mean(0).log()
+            log_weights = None if equal_weights else weights.mean(0).log()
         model = LocalLinearGAE(*_principal(x, weights, dim), log_weights=log_weights, sigma=sigma)
     return LocalFit(model, torch.stack(objective), step, reseeded)
 
