@@ -70,7 +70,7 @@ def leaky() -> nn.Module:
 
 TOY = {
     "short": Size(16, 2560, 1, 256, 1e-3, True),
-    "medium": Size(128, 100_000, 60, 256, 1e-3, True),
+    "medium": Size(64, 51_200, 45, 128, 2e-3, True),
     "full": Size(512, 100_000, 1536, 256, 1e-4, False),  # the authors' 100,000 rounds of five steps and one
 }
 TOY_DIM = 2
@@ -157,7 +157,7 @@ def run_toy(name: str, _data: str, size: str, seed: int, device: torch.device) -
     measured = {
         "modes of 25": quality.modes,
         "high quality, %": 100 * quality.high_quality,
-        "spread of high quality, σ": quality.spread,
+        "spread, σ": quality.spread,
         "KL of mode shares": quality.kl,
     }
     if name != "meg_toy_wgan_gp":  # whose critic is no energy
