@@ -150,10 +150,11 @@ CONTRAST = r"""
 }
 """
 
-# Runs in the page: what is wider than the window, or is cut off with no way to scroll to it.
+# Runs in the page: what is wider than the window, or is cut off with no way to scroll to it, or fades without a reason.
 TOO_WIDE = r"""
 () => {
   const wrong = [];
+  const show = (element) => element.outerHTML.slice(0, 160);
   const width = document.documentElement.clientWidth, scroll = document.scrollingElement.scrollWidth;
   const right = (element) => element.getBoundingClientRect().right;
   if (scroll > width) {
@@ -169,6 +170,10 @@ TOO_WIDE = r"""
     if (box === document.body)
       wrong.push("formula cut off: " + formula.closest(".math, mjx-container").outerHTML.slice(0, 160));
   }
+  for (const box of document.querySelectorAll(".more"))
+    if (box.scrollWidth <= box.clientWidth) wrong.push("fades though all of it is there: " + show(box));
+  for (const box of document.querySelectorAll("article div.math mjx-container"))
+    if (box.scrollWidth > box.clientWidth + 1 && !box.matches(".more")) wrong.push("does not fade: " + show(box));
   return wrong;
 }
 """
@@ -192,7 +197,8 @@ def test_page(tab, document):
         wrong += tab.evaluate(CONTRAST)
     for name, width in WIDTHS.items():
         tab.set_viewport_size({"width": width, "height": 800})
-        tab.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        for _ in range(3):  # the layout, what watches it, and what that changes
+            tab.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         wrong += [f"{name}: {message}" for message in tab.evaluate(TOO_WIDE)]
     wrong += [f"asks the network for {url}" for url in tab.tried]
     wrong += [f"console: {message}" for message in tab.said]

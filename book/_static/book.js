@@ -8,7 +8,10 @@
 
   function fit() {
     const inline = document.querySelectorAll("article span.math:not(td *, th *)"); // a table scrolls as a whole
-    inline.forEach((formula) => formula.classList.remove("wide"));
+    inline.forEach((formula) => {
+      formula.classList.remove("wide", "more"); // it may fit now: a phone was turned
+      formula.removeAttribute("tabindex");
+    });
     const wide = [...inline].filter((formula) => {
       const line = formula.closest("p, li, dt, dd, figcaption, h1, h2, h3, h4, div");
       const drawn = formula.querySelector("svg");
@@ -30,9 +33,7 @@
   window.addEventListener("load", async () => {
     await window.MathJax?.startup?.promise;
     fit();
-    window.addEventListener("resize", soon);
-    document.addEventListener("toggle", soon, true); // a solution was opened
-    document.addEventListener("click", soon); // so do the theme's own buttons
+    new ResizeObserver(soon).observe(document.querySelector("article")); // a window resized, a solution opened
     document.addEventListener("scroll", (event) => event.target.matches?.(boxes) && fade(event.target), true);
   });
 })();
