@@ -92,6 +92,28 @@ def conv_pair(
     return encoder, decoder
 
 
+class FourierFeatures(nn.Module):
+    """Rows x -> [x, sin(x W), cos(x W)] with fixed W, so that small networks learn functions that vary fast.
+
+    Source: Tancik et al., *Fourier features let networks learn high frequency functions in low dimensional domains*,
+    NeurIPS 2020.
+
+    Args:
+        inputs: entries of x, (batch, inputs).
+        count: columns of W; the result has inputs + 2 * count entries.
+        scale: standard deviation of the entries of W, the angular frequency in inverse units of x.
+    """
+
+    def __init__(self, inputs: int, count: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(inputs, count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (batch, inputs + 2 * count)."""
+        phase = x @ self.frequencies
+        return torch.cat([x, phase.sin(), phase.cos()], 1)
+
+
 class LSTMEncoder(nn.Module):
     """Sentences (batch, length) -> (batch, outputs), from an LSTM's state behind the last token that is no padding.
 

@@ -76,7 +76,9 @@ class MEG(nn.Module):
         weight: of the information. The gradient of KL(generated, modelled) has 1 on the entropy; the authors' code
             has 1/2 on the "jsd" bound.
         sigma: standard deviation of the likelihood of "reconstruct".
-        energy_steps: steps of the energy before each of the generator.
+        energy_steps: steps of the energy in a round. The source has 5.
+        generator_steps: steps of the generator after them. The source has 1; more keep the generator near its best
+            answer to the energy, which is what its samples stand for in the energy's gradient.
 
     Raises:
         ValueError: for an unknown surrogate, statistics without use or missing, a weight, penalty or sigma that is
@@ -95,6 +97,7 @@ class MEG(nn.Module):
         weight: float = 1.0,
         sigma: float = 0.5,
         energy_steps: int = 5,
+        generator_steps: int = 1,
     ) -> None:
         super().__init__()
         if surrogate not in (None, *SURROGATES):
@@ -107,11 +110,11 @@ class MEG(nn.Module):
             raise ValueError(f"weight must be positive, got {weight}: leave the information out with surrogate=None")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be a positive number, got {sigma}")
-        if energy_steps < 1:
-            raise ValueError(f"energy_steps must be at least 1, got {energy_steps}")
+        if min(energy_steps, generator_steps) < 1:
+            raise ValueError(f"steps must be at least 1, got {energy_steps} of the energy, {generator_steps} after it")
         self.generator, self.energy, self.statistics = generator, energy, statistics
         self.dim, self.lam, self.surrogate, self.weight, self.sigma = dim, lam, surrogate, weight, sigma
-        self.energy_steps = energy_steps
+        self.energy_steps, self.generator_steps = energy_steps, generator_steps
 
     @property
     def players(self) -> dict[str, tuple[Iterable[nn.Parameter], int]]:
@@ -119,7 +122,7 @@ class MEG(nn.Module):
         statistics = [] if self.statistics is None else list(self.statistics.parameters())
         return {
             "energy": (list(self.energy.parameters()), self.energy_steps),
-            "generator": ([*self.generator.parameters(), *statistics], 1),
+            "generator": ([*self.generator.parameters(), *statistics], self.generator_steps),
         }
 
     def energy_of(self, x: Tensor) -> Tensor:
@@ -192,7 +195,7 @@ class WGANGP(MEG):
         energy: as in :class:`MEG`.
         dim: as in :class:`MEG`.
         lam: weight of the penalty; the source has 10 for images and 0.1 for toys.
-        energy_steps: as in :class:`MEG`.
+        energy_steps: steps of the critic before each of the generator.
     """
 
     def __init__(

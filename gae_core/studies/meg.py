@@ -29,6 +29,8 @@ class Size:
         batch_size: rows of a step.
         lr: learning rate of all players.
         falling: whether it falls to 0 along a line.
+        steps: of MEG and the plain GAN in a round, the energy's and the generator's.
+        features: scale of the Fourier features of energy and statistics, 0 for none.
     """
 
     width: int
@@ -37,10 +39,12 @@ class Size:
     batch_size: int
     lr: float
     falling: bool
+    steps: tuple[int, int]
+    features: float
 
     def settings(self) -> dict:
         """What the training depends on."""
-        return {**vars(self), "betas": list(BETAS)}
+        return {**vars(self), "steps": list(self.steps), "betas": list(BETAS)}
 
     def fit(self, model: nn.Module, x: Tensor, *, seed: int, device: torch.device) -> tuple[train.History, float, int]:
         """Train by this recipe: history, seconds, rows seen."""
@@ -61,24 +65,31 @@ class Size:
         return history, time.perf_counter() - start, seen
 
 
-def leaky() -> nn.Module:
-    """The activation of energies and statistics."""
-    return nn.LeakyReLU(0.2)
+def judge_net(inputs: int, width: int, outputs: int, features: float) -> nn.Module:
+    """Three hidden layers for an energy or statistics: on Fourier features, or as the authors have it."""
+    if features:
+        return nn.Sequential(
+            nets.FourierFeatures(inputs, width // 2, features),
+            nets.mlp([inputs + width, width, width, width, outputs], activation=nn.SiLU),
+        )
+    return nets.mlp([inputs, width, width, width, outputs], activation=functools.partial(nn.LeakyReLU, 0.2))
 
 
 # ---- 25 Gaussians ------------------------------------------------------------------------------------------------
 
 TOY = {
-    "short": Size(16, 2560, 1, 256, 1e-3, True),
-    "medium": Size(64, 51_200, 45, 128, 2e-3, True),
-    "full": Size(512, 100_000, 1536, 256, 1e-4, False),  # the authors' 100,000 rounds of five steps and one
+    "short": Size(16, 2560, 1, 128, 1e-3, True, (1, 3), 2.0),
+    "medium": Size(64, 51_200, 20, 128, 1e-3, True, (1, 3), 2.0),
+    "full": Size(512, 100_000, 1536, 256, 1e-4, False, (5, 1), 0.0),  # the authors' 100,000 rounds
 }
 TOY_DIM = 2
+AHEAD = {"energy_steps": 5, "generator_steps": 1}
 TOY_MODELS: dict[str, tuple[str, dict]] = {
     "meg_toy": ("MEG, JSD surrogate", {"surrogate": "jsd"}),
     "meg_toy_reconstruct": ("MEG, reconstruct-z surrogate", {"surrogate": "reconstruct"}),
     "meg_toy_plain": ("the same GAN without the entropy", {"surrogate": None}),
-    "meg_toy_wgan_gp": ("WGAN-GP", {}),
+    "meg_toy_plain_ahead": ("the same, the energy five steps ahead", {"surrogate": None, **AHEAD}),
+    "meg_toy_wgan_gp": ("WGAN-GP", {"lam": 0.1}),
     **{
         f"meg_toy_{lam:g}": (f"MEG, JSD surrogate, lambda = {lam:g}", {"surrogate": "jsd", "lam": lam})
         for lam in (1e-2, 1e-3, 1e-4)
@@ -98,19 +109,19 @@ def scaled(toy: data.Toy, scale: float) -> data.Toy:
     return data.Toy(toy.name, sample, log_prob, toy.modes / scale, toy.std / scale)
 
 
-def build_toy(name: str, width: int, seed: int) -> MEG:
+def build_toy(name: str, size: Size, seed: int) -> MEG:
     """A model of ``TOY_MODELS`` for the plane, with fresh weights that depend on ``seed`` alone."""
-    options = TOY_MODELS[name][1]
-    hidden = [width] * 3
+    options, width = TOY_MODELS[name][1], size.width
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        generator = nets.mlp([TOY_DIM, *hidden, 2])
-        energy = nets.mlp([2, *hidden, 1], activation=leaky)
+        generator = nets.mlp([TOY_DIM, width, width, width, 2])
+        energy = judge_net(2, width, 1, size.features)
         if name == "meg_toy_wgan_gp":
-            return WGANGP(generator, energy, TOY_DIM, lam=0.1)
+            return WGANGP(generator, energy, TOY_DIM, **options)
         inputs, outputs = {"jsd": (2 + TOY_DIM, 1), "reconstruct": (2, TOY_DIM)}.get(options["surrogate"], (0, 0))
-        statistics = nets.mlp([inputs, *hidden, outputs], activation=leaky) if inputs else None
-        return MEG(generator, energy, TOY_DIM, statistics=statistics, **options)
+        steps = dict(zip(("energy_steps", "generator_steps"), size.steps, strict=True))
+        statistics = judge_net(inputs, width, outputs, size.features) if inputs else None
+        return MEG(generator, energy, TOY_DIM, statistics=statistics, **{**steps, **options})
 
 
 def grid_of(toy: data.Toy, cells: int = 600) -> tuple[Tensor, float]:
@@ -150,7 +161,7 @@ def run_toy(name: str, _data: str, size: str, seed: int, device: torch.device) -
     """Train and measure one model on the toy."""
     recipe, toy = TOY[size], scaled(data.toy("twenty_five_gaussians"), SCALE)
     generator = torch.Generator().manual_seed(seed)
-    x, model = toy.sample(recipe.rows, generator), build_toy(name, recipe.width, seed)
+    x, model = toy.sample(recipe.rows, generator), build_toy(name, recipe, seed)
     history, seconds, seen = recipe.fit(model, x, seed=seed, device=device)
     sample = model.sample(2500, generator=generator).cpu()
     quality = metrics.mode_quality(sample, toy.modes, toy.std)
@@ -171,13 +182,14 @@ def run_toy(name: str, _data: str, size: str, seed: int, device: torch.device) -
 
 def toy_settings(name: str, _data: str, size: str) -> dict:
     """Settings of a run on the toy."""
-    recipe, model = TOY[size], build_toy(name, 4, 0)
+    recipe = TOY[size]
+    model = build_toy(name, recipe, 0)
     return recipe.settings() | {
         "lam": model.lam,
         "surrogate": model.surrogate,
         "weight": model.weight,
         "sigma": model.sigma,
-        "energy_steps": model.energy_steps,
+        "steps": [model.energy_steps, model.generator_steps],
         "dim": TOY_DIM,
         "scale": SCALE,
     }
