@@ -61,7 +61,7 @@ class MEG(nn.Module):
       :math:`N(z; R(x), \sigma^2 I)`. The squared error has the weight :math:`1 / 2\sigma^2`.
     - ``None``: no such term. What is left is a GAN with Wasserstein loss and R1 penalty.
 
-    Neither is an entropy: both are blind to an invertible change of the generator (``eq-meg-blind``).
+    Neither is an entropy: both are blind to an invertible change of the generator (``eq-mutual_information-blind``).
 
     Source: Kumar, Ozair, Goyal, Courville and Bengio, *Maximum entropy generators for energy-based models*, 2019.
 

@@ -10,7 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from gae_core import data, metrics, nets, train
+from gae_core import data, judge, metrics, nets, plots, train
+from gae_core.energy import gradient_penalty_r1
 from gae_core.models.meg import MEG, WGANGP
 from gae_core.records import Outcome, Study
 
@@ -79,10 +80,11 @@ def judge_net(inputs: int, width: int, outputs: int, features: float) -> nn.Modu
 
 TOY = {
     "short": Size(16, 2560, 1, 128, 1e-3, True, (1, 3), 2.0),
-    "medium": Size(64, 51_200, 20, 128, 1e-3, True, (1, 3), 2.0),
+    "medium": Size(64, 51_200, 40, 128, 1e-3, True, (1, 3), 2.0),
     "full": Size(512, 100_000, 1536, 256, 1e-4, False, (5, 1), 0.0),  # the authors' 100,000 rounds
 }
 TOY_DIM = 2
+LAMS = (1e-2, 1e-3, 1e-4)  # beside the authors' 0.1
 AHEAD = {"energy_steps": 5, "generator_steps": 1}
 TOY_MODELS: dict[str, tuple[str, dict]] = {
     "meg_toy": ("MEG, JSD surrogate", {"surrogate": "jsd"}),
@@ -90,10 +92,7 @@ TOY_MODELS: dict[str, tuple[str, dict]] = {
     "meg_toy_plain": ("the same GAN without the entropy", {"surrogate": None}),
     "meg_toy_plain_ahead": ("the same, the energy five steps ahead", {"surrogate": None, **AHEAD}),
     "meg_toy_wgan_gp": ("WGAN-GP", {"lam": 0.1}),
-    **{
-        f"meg_toy_{lam:g}": (f"MEG, JSD surrogate, lambda = {lam:g}", {"surrogate": "jsd", "lam": lam})
-        for lam in (1e-2, 1e-3, 1e-4)
-    },
+    **{f"meg_toy_{lam:g}": (f"MEG, JSD surrogate, lambda = {lam:g}", {"surrogate": "jsd", "lam": lam}) for lam in LAMS},
 }
 
 
@@ -195,9 +194,264 @@ def toy_settings(name: str, _data: str, size: str) -> dict:
     }
 
 
-STUDIES: dict[str, Study] = {
-    name: Study(
-        f"25 Gaussians: {about}", ("plane",), functools.partial(toy_settings, name), functools.partial(run_toy, name)
+@dataclass(frozen=True)
+class Optimum:
+    """What perfect training reaches under the penalty, for data that are one round Gaussian in the plane.
+
+    Attributes:
+        high_quality: share of the model's mass within 3 standard deviations of the data.
+        spread: its standard deviation a coordinate, in those of the data.
+        kl: KL(data | model) in nats.
+        slope: mean squared slope of the energy at the data.
+        radius: midpoints of the grid, (cells,).
+        density: of the model at a point of that radius, (cells,).
+    """
+
+    high_quality: float
+    spread: float
+    kl: float
+    slope: float
+    radius: Tensor
+    density: Tensor
+
+
+def penalised_optimum(lam: float, std: float, *, reach: float = 20.0, cells: int = 4000) -> Optimum:
+    r"""The energy that minimises the likelihood's loss with the R1 penalty, by Newton's method on its radius.
+
+    .. math:: \min_U\; \mathbb E_p U + \log\int e^{-U} + \lambda\,\mathbb E_p\|\nabla U\|^2
+
+    Implements ``eq-meg-value``. The problem is convex. Modes far apart are each alone: where there are no data a slope
+    costs nothing.
+
+    Args:
+        lam: weight of the penalty, in squared units of x.
+        std: standard deviation of the data a coordinate.
+        reach: radius of the disc that the density is sought on, in standard deviations.
+        cells: rings of the disc.
+
+    Raises:
+        ValueError: if ``lam`` is negative or ``std`` not positive.
+    """
+    from scipy.linalg import solveh_banded
+
+    if not lam >= 0 or not 0 < std < math.inf:
+        raise ValueError(f"lam must be at least 0 and std positive, got {lam} and {std}")
+    lam, width = lam / std**2, reach / cells  # in units of the data's standard deviation
+    edge = torch.arange(1, cells, dtype=torch.float64) * width
+    r = (torch.arange(cells, dtype=torch.float64) + 0.5) * width
+    area = 2 * math.pi * r * width
+    p = (-(r**2) / 2).exp() / (2 * math.pi)
+    p = p * area / (p * area).sum()  # mass of each ring
+    stiff = 2 * lam * edge * (-(edge**2) / 2).exp() / width  # of the spring between two rings: the penalty is a sum
+    u = r**2 / (1 + math.sqrt(1 + 16 * lam))  # the best Gaussian, eq-meg-gaussian
+
+    def force(u: Tensor) -> Tensor:
+        pull = stiff * u.diff()
+        return torch.cat([-pull[:1], -pull.diff(), pull[-1:]])
+
+    def value(u: Tensor) -> float:
+        return float(p @ u + (area.log() - u).logsumexp(0) + 0.5 * u @ force(u))
+
+    for _ in range(200):
+        q = (area.log() - u).softmax(0)
+        slope = p - q + force(u)
+        diagonal = q + 1e-14 + torch.cat([stiff, stiff[:0], torch.zeros(1)]) + torch.cat([torch.zeros(1), stiff])
+        banded = torch.stack([torch.cat([torch.zeros(1), -stiff]), diagonal])
+        step = torch.from_numpy(solveh_banded(banded.numpy(), -slope.numpy()))
+        decrease = float(slope @ step)
+        if decrease > -1e-10:
+            break
+        rate = min(1.0, 5 / float(step.abs().max()))
+        while rate > 1e-6 and value(u + rate * step) > value(u) + 1e-4 * rate * decrease:
+            rate /= 2
+        u = u + rate * step
+    q = (area.log() - u).softmax(0)
+    return Optimum(
+        high_quality=float(q[r < 3].sum()),
+        spread=float((q @ r**2 / 2).sqrt()),
+        kl=float(p @ (p / q).log()),
+        slope=float(0.5 * u @ force(u) / lam) / std**2 if lam else 2 / std**2,
+        radius=r * std,
+        density=q / (area * std**2),
     )
-    for name, (about, _) in TOY_MODELS.items()
+
+
+def run_optimum(lam: float, _data: str, _size: str, _seed: int, _device: torch.device) -> Outcome:
+    """The yardstick of the runs on the toy: what perfect training would reach."""
+    start = time.perf_counter()
+    toy = scaled(data.toy("twenty_five_gaussians"), SCALE)
+    best = penalised_optimum(lam, toy.std)
+    measured = {
+        "modes of 25": 25,
+        "high quality, %": 100 * best.high_quality,
+        "spread, σ": best.spread,
+        "KL of mode shares": 0.0,
+        "KL(data | energy)": best.kl,
+        "slope² at data": best.slope,
+    }
+    return Outcome(measured, len(best.radius), time.perf_counter() - start, 0)
+
+
+# ---- digits ------------------------------------------------------------------------------------------------------
+
+IMAGES = {
+    "short": Size(16, 128, 1, 64, 1e-3, True, (1, 3), 0.0),
+    "medium": Size(128, 12_800, 20, 64, 1e-3, True, (1, 3), 0.0),
+    "full": Size(512, 128_000, 300, 64, 1e-4, False, (5, 1), 0.0),  # the authors' 100,000 rounds
+}
+IMAGE_DIM = {"short": 8, "medium": 16, "full": 128}
+STACKED = {"short": 2, "medium": 2, "full": 3}  # digits; a class has 128 training images and 26 samples
+IMAGE_LAM = 0.01  # for pixels in [0, 1]
+IMAGE_MODELS: dict[str, tuple[str, dict]] = {
+    "": ("MEG, JSD surrogate", {"surrogate": "jsd"}),
+    "_plain": ("the same GAN without the entropy", {"surrogate": None}),
+    "_plain_ahead": ("the same, the energy five steps ahead", {"surrogate": None, **AHEAD}),
+    "_wgan_gp": ("WGAN-GP", {}),
+}
+HELD_OUT = (1, 9)
+
+
+def build_images(name: str, shape: tuple[int, ...], size: str, seed: int) -> MEG:
+    """A model of ``IMAGE_MODELS`` for images in [0, 1]: perceptrons, or convolutions in size "full"."""
+    recipe, dim, options, pixels = IMAGES[size], IMAGE_DIM[size], IMAGE_MODELS[name][1], math.prod(shape)
+    width = recipe.width
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if size == "full":
+            energy, generator = nets.conv_pair(shape, 1, channels=64)[0], nets.conv_pair(shape, dim, channels=64)[1]
+        else:
+            generator = nn.Sequential(nets.mlp([dim, width, width, pixels]), nn.Sigmoid(), nn.Unflatten(1, shape))
+            energy = nn.Sequential(nn.Flatten(), judge_net(pixels, width, 1, 0.0))
+        if name == "_wgan_gp":
+            return WGANGP(generator, energy, dim)
+        statistics = judge_net(pixels + dim, width, 1, 0.0) if options["surrogate"] else None
+        steps = dict(zip(("energy_steps", "generator_steps"), recipe.steps, strict=True))
+        return MEG(generator, energy, dim, lam=IMAGE_LAM, statistics=statistics, **{**steps, **options})
+
+
+def image_settings(name: str, _data: str, size: str) -> dict:
+    """Settings of a run on images."""
+    model = build_images(name, (1, 4, 4), size, 0)
+    return IMAGES[size].settings() | {
+        "lam": model.lam,
+        "surrogate": model.surrogate,
+        "weight": model.weight,
+        "steps": [model.energy_steps, model.generator_steps],
+        "dim": model.dim,
+        "side": 28 if size == "full" else 16,
+    }
+
+
+@functools.cache
+def small(name: str, size: str) -> data.Images:
+    """Images of a run: halved, with a margin, to 16 x 16, except in size "full"."""
+    images = data.load(name)
+    if size == "full" or images.shape[1] < 28:
+        return images
+
+    def half(x: Tensor) -> Tensor:
+        return nn.functional.pad(nn.functional.avg_pool2d(x.float(), 2), (1, 1, 1, 1)).round().byte()
+
+    return data.Images(f"{name}_16", half(images.x_train), images.y_train, half(images.x_test), images.y_test)
+
+
+def run_stacked(name: str, data_name: str, size: str, seed: int, device: torch.device) -> Outcome:
+    """Train on stacked digits, and count the classes that the classifier of single digits sees in samples."""
+    images, recipe, digits = small(data_name, size), IMAGES[size], STACKED[size]
+    classes = 10**digits
+    stacked = data.stack(images, digits, train=recipe.rows, test=26 * classes, seed=seed)
+    model = build_images(name, stacked.shape, size, seed)
+    _, seconds, seen = recipe.fit(model, stacked.x_train, seed=seed, device=device)
+    one_digit = judge.classifier(images).to(device)
+
+    def label(x: Tensor) -> Tensor:
+        channels = [metrics.in_batches(one_digit, x[:, i : i + 1]).argmax(1) for i in range(digits)]
+        return functools.reduce(lambda label, digit: 10 * label + digit, channels)
+
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.cat([model.sample(1000, generator=generator).cpu() for _ in range(-(-26 * classes // 1000))])
+    sample, uniform = sample[: 26 * classes], torch.ones(classes)
+    found, floor = metrics.mode_count(label(sample), uniform), metrics.mode_count(label(stacked.x_test), uniform)
+    single = metrics.in_batches(one_digit, images.x_test).argmax(1)
+    features = [metrics.in_batches(one_digit.features, x[:2000, :1]) for x in (sample, stacked.x_test)]
+    measured = {
+        f"modes of {classes:,}": found.modes,
+        "KL from equal shares": found.kl,
+        "KL, stacked test images": floor.kl,
+        "KL, bias": found.floor,
+        "Fréchet, first digit": metrics.frechet_distance(*features),
+        "classifier right, %": 100 * float((single == images.y_test).double().mean()),
+    }
+    figure = plots.image_panels({f"digit {i + 1}": sample[:64, i : i + 1] for i in range(digits)}, columns=8)
+    return Outcome(measured, sum(p.numel() for p in model.parameters()), seconds, seen, figure=figure)
+
+
+def run_anomaly(digit: int, data_name: str, size: str, seed: int, device: torch.device) -> Outcome:
+    """Train without one digit, then tell it from held-out others by the energy and by its slope.
+
+    The test set is a fifth of the other digits and all of the one, as in the authors' code.
+    """
+    images, recipe = small(data_name, size), IMAGES[size]
+    x, y = torch.cat([images.x_train, images.x_test]), torch.cat([images.y_train, images.y_test])
+    generator = torch.Generator().manual_seed(seed)
+    normal = x[y != digit]
+    normal = normal[torch.randperm(len(normal), generator=generator)]
+    fifth = len(normal) // 5
+    test = data.to_unit(torch.cat([normal[:fifth], x[y == digit]]))
+    anomaly = torch.arange(len(test)) >= fifth
+    model = build_images("", images.shape, size, seed)
+    train_rows = normal[fifth:][: recipe.rows]
+    _, seconds, seen = recipe.fit(model, train_rows, seed=seed, device=device)
+    model.requires_grad_(False)  # the slope is taken in x alone
+    batches = [batch.to(device) for batch in test.split(1000)]
+    scores = {
+        "energy": torch.cat([model.energy_of(batch) for batch in batches]).cpu(),
+        "slope²": torch.cat([gradient_penalty_r1(model.energy_of, batch).detach() for batch in batches]).cpu(),
+    }
+    measured = {}
+    for name, score in scores.items():
+        found = metrics.detection(score, anomaly)
+        measured |= {f"AUROC, {name}": found.auroc, f"AUPRC, {name}": found.auprc}
+    measured |= {"prevalence": found.prevalence, "least AUPRC": found.least}
+    figure = plots.image_panels({"samples": model.sample(64, generator=generator), "data": train_rows[:64]}, columns=8)
+    return Outcome(measured, sum(p.numel() for p in model.parameters()), seconds, seen, figure=figure)
+
+
+STUDIES: dict[str, Study] = {
+    **{
+        name: Study(
+            f"25 Gaussians: {about}",
+            ("plane",),
+            functools.partial(toy_settings, name),
+            functools.partial(run_toy, name),
+        )
+        for name, (about, _) in TOY_MODELS.items()
+    },
+    **{
+        f"meg_optimum_{lam:g}": Study(
+            f"25 Gaussians: what perfect training reaches with lambda = {lam:g}",
+            ("plane",),
+            lambda _data, _size, lam=lam: {"epochs": 0, "lam": lam, "scale": SCALE},
+            functools.partial(run_optimum, lam),
+        )
+        for lam in (0.1, *LAMS)
+    },
+    **{
+        f"meg_stacked{name}": Study(
+            f"stacked digits: {about}",
+            ("mnist",),
+            functools.partial(image_settings, name),
+            functools.partial(run_stacked, name),
+        )
+        for name, (about, _) in IMAGE_MODELS.items()
+    },
+    **{
+        f"meg_without_{digit}": Study(
+            f"MEG trained without the digit {digit}, which is then to be found",
+            ("mnist", "digits"),
+            functools.partial(image_settings, ""),
+            functools.partial(run_anomaly, digit),
+        )
+        for digit in HELD_OUT
+    },
 }
