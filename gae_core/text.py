@@ -200,7 +200,7 @@ class Optimum:
 
     @property
     def information(self) -> float:
-        """Estimate of I(x; z): how much nearer the sentences are when their codes are known."""
+        """Estimate of I(x; z), by which sentences are more likely when their codes are known."""
         return float((self.nll - self.given_code).mean())
 
 
