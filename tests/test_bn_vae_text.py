@@ -261,7 +261,9 @@ def test_the_loss_has_its_terms():
 
 def test_free_bits_charge_a_dimension_beyond_its_threshold_on_the_mean_of_the_batch():
     x = batch(40)
-    for free in (0.001, 0.02, 5.0):
+    mu, logvar = build().posterior(x)
+    typical = kl_to_standard_normal(mu[..., None], logvar[..., None]).mean().item()  # single values on either side
+    for free in (0.001, typical, 5.0):
         model = build(free_bits=free)
         loss = model.loss(x, generator=torch.Generator().manual_seed(1))
         mu, logvar = model.posterior(x)
@@ -445,6 +447,8 @@ def test_a_short_study_gives_its_metrics(name):
     if name == "text_floor":
         assert outcome.metrics["optimum of NLL"] > outcome.metrics["optimum given z"]
         assert outcome.samples == 320
+        floor, integrated = (outcome.metrics[key] for key in ("reachable floor", "reader, z integrated"))
+        assert outcome.metrics["optimum of NLL"] < integrated < floor + 1
     else:
         assert outcome.metrics["MI by batches of 32"] <= math.log(32) < outcome.metrics["cap of MI"]
         assert outcome.samples == (640 if name == "text_aggressive" else 320)  # one epoch, or one ahead and one

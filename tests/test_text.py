@@ -192,6 +192,8 @@ def test_the_bracket_holds_the_true_value_found_by_quadrature():
     many = language.optimum(drawn, z, samples=300, generator=generator)
     for gaps in (few.nll - exact, exact - few.nll_below):  # with few codes the sides are apart
         assert gaps.mean() > 4 * gaps.std() / math.sqrt(len(gaps))
+    assert_z((exact - few.nll).exp(), 1.0)  # the first estimate is p(x) on average,
+    assert_z((few.nll_below - exact).exp(), 1.0)  # the inverse of the second 1 / p(x)
     assert_z(many.nll - exact, 0.0)
     assert abs(many.nll.mean() - exact.mean()) < 0.01
     torch.testing.assert_close(many.given_code, -language.log_likelihood(drawn, z).double())
