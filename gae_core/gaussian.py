@@ -58,8 +58,8 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 
     .. math:: \tfrac12\sum_j \left(\mu_j^2 + \sigma_j^2 - \log\sigma_j^2 - 1\right)
 
-    Implements ``eq-max_entropy-gaussian-kl``. With ``expm1``, so that near ``logvar = 0``, where the terms cancel, the
-    rounding error is that of ``logvar``, not of 1.
+    Implements ``eq-vae-kl``, a case of ``eq-max_entropy-gaussian-kl``. With ``expm1``, so that near ``logvar = 0``,
+    where the terms cancel, the rounding error is that of ``logvar``, not of 1.
 
     Args:
         mu: means, shape (..., d).

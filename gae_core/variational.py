@@ -26,7 +26,8 @@ def importance_weighted_nll(
 
     .. math:: -\log\frac1S\sum_{s=1}^S \frac{p(x|z_s)\,p(z_s)}{q(z_s|x)}, \qquad z_s \sim q(z|x)
 
-    Its expectation is at least -log p(x) and falls to it as S grows: quote S with the figure. With S = 1 it estimates
+    Implements ``def-vae-iw``. Its expectation is at least -log p(x) and falls to it as S grows, with an excess in 1 / S
+    (``eq-vae-iw-gap``): quote S with the figure. With S = 1 it estimates
     the negative evidence lower bound. Where q(z | x) is the posterior it is exact for any S. A q narrower than the
     posterior makes it fall slowly, and nothing in the figure tells. For beta other than 1 this is still -log p(x).
 
@@ -99,7 +100,7 @@ def active_units(mu: Tensor, *, threshold: float = 0.01) -> int:
 
 @dataclass(frozen=True)
 class EncoderInformation:
-    """How the divergence in a VAE's loss splits: kl = mutual_information + kl_aggregate (Hoffman and Johnson, 2016).
+    """How the divergence in a VAE's loss splits: kl = mutual_information + kl_aggregate, ``eq-vae-split``.
 
     Attributes:
         kl: mean of KL(q(z | x) || p(z)) over the data, in closed form.

@@ -1,18 +1,28 @@
-"""The VAE and its likelihood, against models whose likelihood is known: a linear-Gaussian one, and quadrature."""
+"""The chapter on the VAE: its equations, the model and its likelihood.
+
+The models' likelihood is known: a linear-Gaussian one, and quadrature.
+"""
 
 import itertools
 import math
+import random
 
+import mpmath as mp
 import numpy as np
 import pytest
+import sympy as sp
 import torch
 from helpers import assert_z
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sympy import stats
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from gae_core import metrics, nets
-from gae_core.models.vae import VAE
-from gae_core.variational import encoder_information, importance_weighted_nll
+from gae_core import metrics, nets, train
+from gae_core.models.autoencoder import Autoencoder
+from gae_core.models.vae import IWAE, VAE
+from gae_core.variational import active_units, encoder_information, importance_weighted_nll
 
 
 @pytest.fixture(autouse=True)
@@ -341,3 +351,567 @@ def test_networks_of_other_shapes_are_named():
         VAE(nn.Linear(4, 1), nn.Linear(1, 4), 1).loss(x)
     with pytest.raises(ValueError, match=r"decoder must give the shape of x, \(3, 4\), got \(3, 1\)"):
         VAE(nn.Linear(4, 2), nn.Linear(1, 1), 1, likelihood="gaussian").loss(x)
+
+
+# --- the equations of the chapter ---
+
+
+def finite(seed, codes=3, data=4):
+    """p(z), p(x | z), q(z | x) and a distribution of data on finite sets, 40 digits: sums stand for the integrals."""
+    rng = random.Random(seed)
+
+    def simplex(n):
+        weights = [mp.mpf(rng.randrange(1, 10**9)) for _ in range(n)]
+        return [w / mp.fsum(weights) for w in weights]
+
+    return simplex(codes), [simplex(data) for _ in range(codes)], [simplex(codes) for _ in range(data)], simplex(data)
+
+
+def kl(p, q):
+    return mp.fsum(a * mp.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def elbo(prior, likelihood, q, x):
+    return mp.fsum(q[z] * mp.log(likelihood[z][x]) for z in range(len(q))) - kl(q, prior)
+
+
+@pytest.mark.checks("eq-vae-elbo-gap", how="exact")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_bound_misses_the_likelihood_by_the_divergence_from_the_posterior(seed):
+    with mp.workdps(40):
+        prior, likelihood, encoder, _ = finite(seed)
+        for x, q in enumerate(encoder):
+            joint = [prior[z] * likelihood[z][x] for z in range(3)]
+            evidence = mp.fsum(joint)
+            posterior = [j / evidence for j in joint]
+            bound = elbo(prior, likelihood, q, x)
+            assert abs(mp.log(evidence) - bound - kl(q, posterior)) < mp.mpf(10) ** -35
+            assert abs(elbo(prior, likelihood, posterior, x) - mp.log(evidence)) < mp.mpf(10) ** -35
+            assert mp.log(evidence) - bound > 1e-3
+            assert abs(mp.log(evidence) - bound - kl(posterior, q)) > 1e-4, "the other divergence is another gap"
+
+
+@pytest.mark.checks("eq-vae-split", how="exact")
+@pytest.mark.checks("eq-vae-two-gaps", how="exact")
+@pytest.mark.parametrize("seed", [2, 3])
+def test_what_the_divergence_pays_for_and_what_samples_then_are(seed):
+    with mp.workdps(40):
+        tiny = mp.mpf(10) ** -35
+        prior, likelihood, encoder, data = finite(seed)
+        pairs = [[data[x] * encoder[x][z] for z in range(3)] for x in range(4)]  # of data and codes
+        model = [[prior[z] * likelihood[z][x] for z in range(3)] for x in range(4)]
+        aggregate = [mp.fsum(row[z] for row in pairs) for z in range(3)]
+        entropy = -mp.fsum(p * mp.log(p) for p in data)
+        h_z = -mp.fsum(p * mp.log(p) for p in aggregate)
+        h_pairs = -mp.fsum(p * mp.log(p) for row in pairs for p in row)
+        information = entropy + h_z - h_pairs  # not as in the proof
+        cost = mp.fsum(data[x] * kl(encoder[x], prior) for x in range(4))
+        assert abs(cost - information - kl(aggregate, prior)) < tiny
+
+        evidence = [mp.fsum(row) for row in model]
+        first = kl([p for row in pairs for p in row], [p for row in model for p in row])
+        decoder_gap = mp.fsum(
+            aggregate[z] * kl([pairs[x][z] / aggregate[z] for x in range(4)], likelihood[z]) for z in range(3)
+        )
+        bound = mp.fsum(data[x] * elbo(prior, likelihood, encoder[x], x) for x in range(4))
+        assert abs(first - kl(aggregate, prior) - decoder_gap) < tiny
+        assert abs(first + entropy + bound) < tiny
+        assert kl(data, evidence) < first
+
+
+def test_the_sources_assumption_leaves_a_code_that_says_nothing():
+    """p(z) = N(0, I) by q(z | x) = N(0, I) for all x: true, and no information. An aggregate can match without."""
+    prior = [mp.mpf(1) / 2] * 2
+    collapsed, useful = [prior, prior], [[mp.mpf(9) / 10, mp.mpf(1) / 10], [mp.mpf(1) / 10, mp.mpf(9) / 10]]
+    for encoder, carries in ((collapsed, False), (useful, True)):
+        aggregate = [(a + b) / 2 for a, b in zip(*encoder, strict=True)]
+        information = mp.fsum(kl(q, aggregate) for q in encoder) / 2
+        assert kl(aggregate, prior) < 1e-12
+        assert (information > 0.3) == carries
+
+
+@pytest.mark.checks("eq-vae-restricted", how="symbolic")
+def test_the_bound_misleads_about_the_model_where_q_cannot_be_the_posterior():
+    u, a, variance, s2, v = sp.symbols("u a S s2 v", positive=True)  # u = w^2; the best a has the sign of w
+    w = sp.sqrt(u)
+    # E over x of E_q[(x - w z)^2 / 2 s2] + KL, with constants that depend on neither
+    z2 = a**2 * variance + v
+    negative = (variance - 2 * w * a * variance + w**2 * z2) / (2 * s2) + (z2 - sp.log(v)) / 2
+    best_a = sp.solve(sp.diff(negative, a), a)[0]
+    fixed = sp.simplify(negative.subs(a, best_a))
+    slope = sp.diff(fixed, u)
+    assert sp.simplify(slope.subs(u, sp.sqrt(s2 * variance / v) - s2)) == 0
+    free = sp.simplify(fixed.subs(v, sp.solve(sp.diff(fixed, v), v)[0]))
+    likelihood = (variance / (u + s2) + sp.log(u + s2)) / 2
+    assert sp.simplify(sp.diff(free - likelihood, u)) == 0
+    assert sp.simplify(sp.diff(likelihood, u).subs(u, variance - s2)) == 0
+    values = {variance: 4, s2: 1, v: 1}
+    assert slope.subs(values).subs(u, 1) == 0 and slope.subs(values).subs(u, 3) > 0, "1 by the bound, 3 in truth"
+    assert slope.subs({**values, v: 9}).subs(u, 0) > 0, "and 0 where the variance held fixed is too large"
+
+
+@pytest.mark.checks("eq-vae-kl", how="symbolic")
+def test_divergence_of_two_gaussians_by_integration():
+    z, mu = sp.symbols("z mu", real=True)
+    sigma = sp.symbols("sigma", positive=True)
+    density = stats.density(stats.Normal("q", mu, sigma))(z)
+    log_ratio = sp.expand(-((z - mu) ** 2) / (2 * sigma**2) - sp.log(sigma) + z**2 / 2)
+    integral = sp.simplify(sp.integrate(density * log_ratio, (z, -sp.oo, sp.oo)))
+    assert sp.simplify(integral - (mu**2 + sigma**2 - sp.log(sigma**2) - 1) / 2) == 0
+    reading_of_the_source = (mu**2 + sigma - sp.log(sigma) - 1) / 2  # N(mu, sigma I^2) has the variance sigma
+    assert sp.simplify(integral - reading_of_the_source) != 0
+
+
+def test_the_second_half_of_the_encoders_output_is_the_log_variance():
+    model, _ = linear_gaussian()
+    _, second = model.posterior(torch.randn(1, PIXELS))
+    assert (second < 0).all(), "as a variance it would not even be possible"
+    covariance = torch.linalg.inv(torch.eye(DIM) + model.decoder.weight.T @ model.decoder.weight / SIGMA**2)
+    torch.testing.assert_close(second[0].exp(), covariance.diagonal())
+    half = 0.5 * second  # the source's code names this sd, and takes its exponential as standard deviation
+    torch.testing.assert_close(half.exp().square()[0], covariance.diagonal())
+    assert (half.exp()[0] - covariance.diagonal()).abs().min() > 0.05, "it is no variance"
+
+
+@pytest.mark.checks("eq-vae-isotropic", how="exact")
+def test_one_variance_for_all_coordinates_costs_the_ratio_of_means():
+    with mp.workdps(40):
+        rng = random.Random(0)
+        for d in (2, 5):
+            v = [mp.mpf(rng.randrange(1, 10**6)) / 10**5 for _ in range(d)]
+
+            def divergence(s2, v=v):
+                return mp.fsum(s2 / w - mp.log(s2 / w) - 1 for w in v) / 2
+
+            s2 = mp.findroot(lambda s, f=divergence: mp.diff(f, s), min(v))
+            ratio = mp.exp(mp.fsum(mp.log(w) for w in v) / d) / (d / mp.fsum(1 / w for w in v))
+            assert abs(divergence(s2) - mp.mpf(d) / 2 * mp.log(ratio)) < mp.mpf(10) ** -30
+            assert divergence(1.01 * s2) > divergence(s2) < divergence(0.99 * s2)
+        v = [mp.mpf("0.01"), mp.mpf(1)]
+        assert 1.6 < divergence(2 / mp.fsum(1 / w for w in v), v) < 1.65
+
+
+def gaussian_mean(expression, eps):
+    """Mean of a polynomial in independent standard normal symbols."""
+    for e in eps:
+        powers = sp.Poly(sp.expand(expression), e).as_dict()
+        expression = sum(c * (sp.factorial2(n - 1) if n else 1) for (n,), c in powers.items() if n % 2 == 0)
+    return sp.expand(expression)
+
+
+@pytest.mark.checks("eq-vae-gradients", how="symbolic")
+def test_both_gradients_are_those_of_the_mean():
+    mu, eps, z = sp.symbols("mu epsilon z", real=True)
+    sigma = sp.symbols("sigma", positive=True)
+    c = sp.symbols("c0:5", real=True)
+    f = sum(ck * z**k for k, ck in enumerate(c))
+    at = mu + sigma * eps
+    mean = gaussian_mean(f.subs(z, at), [eps])
+    slope = sp.diff(f, z).subs(z, at)
+    for parameter, score, path in (
+        (mu, eps / sigma, 1),
+        (sigma, (eps**2 - 1) / sigma, eps),
+    ):
+        expected = sp.diff(mean, parameter)
+        assert sp.expand(gaussian_mean(sp.expand(f.subs(z, at) * score), [eps]) - expected) == 0
+        assert sp.expand(gaussian_mean(slope * path, [eps]) - expected) == 0
+    assert sp.expand(gaussian_mean(slope, [eps]) - sp.diff(mean, sigma)) != 0
+
+
+@pytest.mark.checks("eq-vae-variance", how="symbolic")
+def test_variances_of_the_two_gradients():
+    sigma = sp.symbols("sigma", positive=True)
+    for d in (1, 2, 3):
+        a, eps = sp.symbols(f"a0:{d}", real=True), sp.symbols(f"e0:{d}", real=True)
+        f = sum((ai + sigma * e) ** 2 for ai, e in zip(a, eps, strict=True)) / 2
+        path, score = a[0] + sigma * eps[0], sp.expand(f * eps[0] / sigma)
+        variances = [sp.expand(gaussian_mean(g**2, eps) - gaussian_mean(g, eps) ** 2) for g in (path, score)]
+        norm = sum(ai**2 for ai in a)
+        claimed = norm**2 / (4 * sigma**2) + sp.Rational(d + 4, 2) * norm + a[0] ** 2
+        claimed += sp.Rational((d + 2) * (d + 4), 4) * sigma**2
+        assert variances[0] == sigma**2
+        assert sp.expand(variances[1] - claimed) == 0
+
+
+def test_the_score_function_trains_where_the_source_says_that_there_is_no_gradient():
+    """Sampled without a path, q has no gradient to give; the score function has, and descends to the optimum."""
+    noise = seeded()
+    mu = torch.tensor([2.0, -1.0], requires_grad=True)
+    optimizer = torch.optim.Adam([mu], lr=0.02)
+    for _ in range(600):
+        q = Normal(mu, 0.5)
+        with torch.no_grad():
+            z = mu + 0.5 * torch.randn(200, 2, generator=noise)
+            f = (z - torch.tensor([-0.5, 0.5])).square().sum(1)
+        assert not f.requires_grad
+        optimizer.zero_grad()
+        ((f - f.mean())[:, None] * q.log_prob(z)).sum(1).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(mu.detach(), torch.tensor([-0.5, 0.5]), atol=0.1, rtol=0)
+
+
+@pytest.mark.checks("eq-vae-wiggle", how="exact")
+def test_the_pathwise_gradient_is_not_always_the_better_one():
+    with mp.workdps(30):
+        omega = mp.mpf(3)
+
+        def mean(f):
+            return mp.quad(lambda z: f(z) * mp.npdf(z), mp.linspace(-14, 14, 29))
+
+        path, score = (lambda z: -omega * mp.sin(omega * z)), (lambda z: mp.cos(omega * z) * z)
+        for g, claimed in (
+            (path, omega**2 / 2 * (1 - mp.exp(-2 * omega**2))),
+            (score, (1 + (1 - 4 * omega**2) * mp.exp(-2 * omega**2)) / 2),
+        ):
+            variance = mean(lambda z, g=g: g(z) ** 2) - mean(g) ** 2
+            assert abs(variance - claimed) < mp.mpf(10) ** -25
+        assert mean(lambda z: path(z) ** 2) > 8 * mean(lambda z: score(z) ** 2)
+
+
+@pytest.mark.checks("eq-vae-noise-linear", how="symbolic")
+def test_what_noise_costs_a_linear_decoder():
+    eps, mu = sp.symbols("e0:2", real=True), sp.symbols("m0:2", real=True)
+    sigma = sp.symbols("s0:2", positive=True)
+    weight, x = sp.Matrix(3, 2, sp.symbols("w0:6", real=True)), sp.Matrix(sp.symbols("x0:3", real=True))
+    b = sp.Matrix(sp.symbols("b0:3", real=True))
+    z = sp.Matrix([m + s * e for m, s, e in zip(mu, sigma, eps, strict=True)])
+    error = sum(v**2 for v in x - weight * z - b)
+    without = sum(v**2 for v in x - weight * sp.Matrix(mu) - b)
+    noise = sum(sigma[j] ** 2 * sum(weight[i, j] ** 2 for i in range(3)) for j in range(2))
+    assert sp.expand(gaussian_mean(error, eps) - without - noise) == 0
+
+
+def test_one_datum_proves_nothing_about_the_noise():
+    """The source's proof takes one: with the constant decoder, the best there is, every sigma gives the error 0."""
+    x = torch.randn(1, PIXELS)
+    decoder = nn.Linear(DIM, PIXELS)
+    nn.init.zeros_(decoder.weight)
+    decoder.requires_grad_(False).bias.copy_(x[0])
+    for sigma in (0.0, 1.0, 10.0):
+        z = torch.randn(100, DIM) * sigma
+        assert float((decoder(z) - x).square().max()) < 1e-30
+
+
+def test_without_a_bound_on_the_codes_the_noise_need_not_vanish():
+    """Two data, sigma = 1 for good: the error falls to 0 as the codes move apart, and only their ratio counts."""
+    x, noise = torch.tensor([-1.0, 1.0]), torch.randn(2, 20_000)
+    errors = []
+    for distance in (1.0, 4.0, 16.0):
+        z = distance * x[:, None] + noise
+        errors.append(float((x[:, None] - z.sign()).square().mean()))
+        scaled = (x[:, None] - (0.1 * distance * x[:, None] + 0.1 * noise).sign()).square().mean()
+        assert errors[-1] == float(scaled)
+    assert errors[0] > 0.5 and errors[1] < 1e-3 and errors[2] == 0
+
+
+@pytest.mark.checks("eq-vae-overlap", how="exact")
+@pytest.mark.checks("eq-vae-sigma-bound", how="exact")
+@pytest.mark.parametrize("sigma", ["0.4", "2.5"])
+def test_overlapping_posteriors_cost_any_decoder(sigma):
+    with mp.workdps(30):
+        sigma, radius, distance = mp.mpf(sigma), mp.mpf("1.3"), mp.mpf("0.7")
+        x = (mp.mpf(0), distance)
+
+        def q(i, z):
+            return mp.npdf(z, radius * (2 * i - 1), sigma)
+
+        def integral(f):
+            ends = [k * sigma for k in range(-15, 16, 3)]
+            return mp.quad(f, [-radius + e for e in ends if e <= 0] + [0] + [radius + e for e in ends if e >= 0])
+
+        def error(g):
+            return integral(lambda z: (q(0, z) * (x[0] - g(z)) ** 2 + q(1, z) * (x[1] - g(z)) ** 2) / 2)
+
+        def best(z):  # a logistic function, for posteriors of one variance
+            return distance / (1 + mp.exp(-2 * radius * z / sigma**2))
+
+        harmonic = distance**2 / 2 * integral(lambda z: q(0, z) * q(1, z) / (q(0, z) + q(1, z)))
+        overlap = 2 * mp.ncdf(-radius / sigma)  # 1 - TV
+        smallest = error(best)
+        assert abs(smallest - harmonic) < mp.mpf(10) ** -25
+        assert smallest >= distance**2 / 4 * overlap
+        for other in (lambda z: best(z) + mp.mpf("0.05"), lambda z: best(2 * z), lambda z: distance * mp.ncdf(z)):
+            assert error(other) > smallest
+        assert sigma <= radius / mp.erfinv(1 - 4 * smallest / distance**2) / mp.sqrt(2)  # Phi^-1(1 - 2 delta / D^2)
+
+
+@pytest.mark.checks("eq-vae-sigma-optimum", how="symbolic")
+def test_the_noise_that_the_divergence_leaves():
+    v, w2, s2, beta = sp.symbols("v w2 s2 beta", positive=True)
+    (best,) = sp.solve(sp.diff(v * w2 / (2 * s2) + beta * (v - sp.log(v)) / 2, v), v)
+    assert sp.simplify(best - beta * s2 / (beta * s2 + w2)) == 0
+    assert sp.limit(best / beta, beta, 0) == s2 / w2
+    model, density = linear_gaussian()
+    _, logvar = model.posterior(density.loc[None])
+    lengths = model.decoder.weight.square().sum(0)
+    torch.testing.assert_close(logvar[0].exp(), SIGMA**2 / (SIGMA**2 + lengths))  # of the posterior
+
+
+@pytest.mark.checks("eq-vae-moments", how="symbolic")
+@pytest.mark.checks("eq-vae-moments-counterexample", how="symbolic")
+def test_moments_of_the_aggregate_and_that_they_do_not_suffice():
+    eps = sp.symbols("epsilon", real=True)
+    mu, p = sp.symbols("m0:3", real=True), sp.symbols("p0:3", positive=True)
+    sigma = sp.symbols("s0:3", positive=True)
+
+    def aggregate(power, mu=mu, sigma=sigma, p=p):
+        return sum(pi * gaussian_mean((m + s * eps) ** power, [eps]) for pi, m, s in zip(p, mu, sigma, strict=True))
+
+    assert sp.expand(aggregate(1) - sum(pi * m for pi, m in zip(p, mu, strict=True))) == 0
+    second = sum(pi * (m**2 + s**2) for pi, m, s in zip(p, mu, sigma, strict=True))
+    assert sp.expand(aggregate(2) - second) == 0
+    m = sp.symbols("m", positive=True)
+    half, s = sp.Rational(1, 2), sp.sqrt(1 - m**2)
+    first, second, fourth = (aggregate(k, (m, -m), (s, s), (half, half)) for k in (1, 2, 4))
+    assert first == 0 and sp.simplify(second - 1) == 0
+    assert sp.simplify(fourth - (3 - 2 * m**4)) == 0
+
+
+@pytest.mark.checks("eq-vae-inactive", how="symbolic")
+def test_unused_codes_of_the_linear_model():
+    t, lam, s2 = sp.symbols("t lambda s2", positive=True)
+    (best,) = sp.solve(sp.diff((lam / t + sp.log(t)) / 2, t), t)
+    assert best == lam  # above s2 it is allowed; below, the slope at t = s2 points up
+    assert sp.simplify(sp.diff((lam / t + sp.log(t)) / 2, t).subs(t, s2) * 2 * s2**2) == s2 - lam
+    w2, variance = lam - s2, s2 / lam
+    spread = w2 * lam / lam**2
+    assert sp.simplify(spread + variance - 1) == 0
+    divergence = (spread + variance - sp.log(variance) - 1) / 2
+    assert sp.simplify(sp.expand_log(divergence - sp.log(lam / s2) / 2, force=True)) == 0
+
+
+def test_a_linear_vae_switches_off_the_codes_that_it_does_not_need():
+    """Five codes, two eigenvalues above the noise: three units go quiet, and the likelihood is that of two codes."""
+    eigenvalues = torch.tensor([4.0, 2.0, 0.5, 0.5, 0.5, 0.5])
+    x = torch.randn(512, 6)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T, correction=0)).T)
+    x = x * eigenvalues.sqrt()  # its covariance is exactly diagonal
+    bounds = []
+    for dim in (2, 5):
+        model = VAE(nn.Linear(6, 2 * dim), nn.Linear(dim, 6), dim, likelihood="gaussian", sigma=1.0)
+        noise, optimizer = seeded(), torch.optim.Adam(model.parameters(), lr=0.05)
+        for step in range(800):
+            optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 800)
+            optimizer.zero_grad()
+            model.loss(x, generator=noise).total.mean().backward()
+            optimizer.step()
+        mu, logvar = model.posterior(x)
+        assert active_units(mu) == 2
+        each = 0.5 * (mu.square() + logvar.exp() - logvar - 1).mean(0)
+        expected = 0.5 * eigenvalues[:2].log().sum()
+        torch.testing.assert_close(each.sum().detach(), expected, atol=0.05, rtol=0)
+        bounds.append(float(importance_weighted_nll(model, x, samples=20, generator=noise).mean()))
+    assert bounds[1] == pytest.approx(bounds[0], abs=0.02)
+
+
+def weights_of_two_values(k, low, high, share):
+    """L_k and log p for weights that are ``low`` with probability ``share`` and else ``high``, exactly."""
+    bound = mp.fsum(
+        mp.binomial(k, j) * share**j * (1 - share) ** (k - j) * mp.log((j * low + (k - j) * high) / k)
+        for j in range(k + 1)
+    )
+    return bound, mp.log(share * low + (1 - share) * high)
+
+
+def test_an_autoencoder_reconstructs_new_data_and_what_fails_is_sampling():
+    """Against the source, by which a new datum is likely to come out quite different."""
+    _, density = linear_gaussian()
+    torch.default_generator.manual_seed(1)
+    x, new = density.sample((400,)), density.sample((4000,))
+    model = Autoencoder(nn.Linear(PIXELS, DIM), nn.Linear(DIM, PIXELS), DIM)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(800):
+        optimizer.zero_grad()
+        model.loss(x).total.mean().backward()
+        optimizer.step()
+    seen, held_out = (float(metrics.squared_error(model, v).mean()) for v in (x, new))
+    assert held_out == pytest.approx((PIXELS - DIM) * SIGMA**2, rel=0.1)  # the noise outside the plane of the data
+    assert held_out < 1.15 * seen
+    scale = 30.0  # of the codes, which the loss does not see
+    model.encoder.weight.data.mul_(scale)
+    model.encoder.bias.data.mul_(scale)
+    model.decoder.weight.data.div_(scale)
+    assert float(metrics.squared_error(model, new).mean()) == pytest.approx(held_out)
+    fake = model.sample(4000, generator=seeded())
+    assert float(fake.var(0).sum()) < 0.05 * float(new.var(0).sum())
+
+
+@pytest.mark.checks("eq-vae-iw-order", how="exact")
+@pytest.mark.checks("eq-vae-iw-gap", how="exact")
+@pytest.mark.parametrize(("low", "high", "share"), [("0.2", "3", "0.6"), ("0.01", "1.5", "0.3")])
+def test_the_bounds_rise_to_the_likelihood_with_a_gap_of_one_over_k(low, high, share):
+    with mp.workdps(40):
+        low, high, share = mp.mpf(low), mp.mpf(high), mp.mpf(share)
+        found = [weights_of_two_values(k, low, high, share) for k in range(1, 40)]
+        bounds, truth = [bound for bound, _ in found], found[0][1]
+        assert all(a < b for a, b in itertools.pairwise([*bounds, truth]))
+        mean = share * low + (1 - share) * high
+        variance = share * (low - mean) ** 2 + (1 - share) * (high - mean) ** 2
+        first = variance / (2 * mean**2)
+        errors = []
+        for k in (400, 800):
+            bound, _ = weights_of_two_values(k, low, high, share)
+            errors.append(k * (truth - bound) - first)
+        assert abs(errors[0]) < first / 20
+        assert abs(errors[1] / errors[0] - mp.mpf(1) / 2) < 0.02, "what is left is of the next order"
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.floats(-1, 1), st.floats(-2, 2))
+def test_on_the_same_draws_more_samples_never_lower_the_bound(seed, k, shift, log_ratio):
+    """Exact, without Monte-Carlo error: the average over all subsets of m of the k draws, m = 1 ... k."""
+    model, _ = linear_gaussian(shift, log_ratio)
+    x = 2 * torch.randn(3, PIXELS, generator=seeded(seed))
+    eps = torch.randn(3, k, DIM, generator=seeded(seed + 1))
+    log_weights = model.log_weights(x, eps).detach()
+    bounds = []
+    for m in range(1, k + 1):
+        subsets = [
+            log_weights[:, list(rows)].logsumexp(1) - math.log(m) for rows in itertools.combinations(range(k), m)
+        ]
+        bounds.append(torch.stack(subsets).mean(0))
+    for fewer, more in itertools.pairwise(bounds):
+        assert (more >= fewer - 1e-9).all()
+    iwae = IWAE(model.encoder, model.decoder, DIM, samples=k, likelihood="gaussian", sigma=SIGMA)
+    loss = iwae.loss(x, generator=seeded(seed + 1))
+    torch.testing.assert_close(loss.total, -bounds[-1])
+    torch.testing.assert_close(loss.negative_elbo, -bounds[0])
+    assert (loss.total <= loss.negative_elbo + 1e-9).all()
+
+
+@pytest.mark.checks("eq-vae-iw-gradient", how="exact")
+@pytest.mark.checks("eq-vae-iw-surrogate", how="exact")
+def test_the_surrogate_has_the_right_gradient_and_the_wrong_value():
+    with mp.workdps(40):
+        t = mp.mpf("0.3")
+        parts = [(mp.mpf(a), mp.mpf(b)) for a, b in ((1, 2), (-2, "0.5"), (3, -1), ("0.1", 4))]
+
+        def log_weight(part, t):
+            return part[0] * mp.sin(part[1] * t) - t**2
+
+        def bound(t):
+            return mp.log(mp.fsum(mp.exp(log_weight(p, t)) for p in parts) / 4)
+
+        weights = [mp.exp(log_weight(p, t)) for p in parts]
+        share = [w / mp.fsum(weights) for w in weights]
+        slopes = [a * b * mp.cos(b * t) - 2 * t for a, b in parts]
+        gradient = mp.fsum(s * g for s, g in zip(share, slopes, strict=True))
+        assert abs(mp.diff(bound, t) - gradient) < mp.mpf(10) ** -18  # the derivative is numeric
+        value = mp.fsum(s * log_weight(p, t) for s, p in zip(share, parts, strict=True))
+        divergence = mp.log(4) + mp.fsum(s * mp.log(s) for s in share)
+        assert abs(value - bound(t) - divergence) < mp.mpf(10) ** -35
+        assert 0 < divergence < mp.log(4)
+
+
+def test_the_loss_of_the_bound_has_its_value_and_its_gradient():
+    model, density = linear_gaussian(**WRONG)
+    iwae = IWAE(model.encoder, model.decoder, DIM, samples=5, likelihood="gaussian", sigma=SIGMA)
+    x = torch.randn(1, PIXELS).expand(2000, -1)
+    loss = iwae.loss(x, generator=seeded())
+    assert_z((-loss.total.detach() - density.log_prob(x)).exp(), 1.0)  # its exponential is unbiased for p(x)
+    eps = torch.randn(2000, 5, DIM, generator=seeded())
+    log_weights = iwae.log_weights(x, eps)
+    share = log_weights.softmax(1).detach()
+    surrogate = -(share * log_weights).sum(1)
+    ours, theirs = (
+        torch.autograd.grad(v.mean(), iwae.encoder.bias, retain_graph=True)[0] for v in (loss.total, surrogate)
+    )
+    torch.testing.assert_close(ours, theirs)
+    divergence = (share * (5 * share).log()).sum(1)
+    torch.testing.assert_close(surrogate.detach(), (loss.total - divergence).detach())
+    assert float(divergence.mean()) > 0.05, "a program that logs the surrogate flatters itself by that much"
+
+
+def test_one_sample_is_the_vae_and_the_posterior_needs_no_more():
+    model, density = linear_gaussian()
+    x = torch.randn(20, PIXELS)
+    for k in (1, 3):
+        iwae = IWAE(model.encoder, model.decoder, DIM, samples=k, likelihood="gaussian", sigma=SIGMA)
+        torch.testing.assert_close(iwae.loss(x).total, -density.log_prob(x))
+
+
+def test_the_loss_of_one_datum_is_an_unbiased_estimate_of_the_bound_and_the_bound_is_below_the_likelihood():
+    """The source calls the VAE biased: of its estimate that is false, of the likelihood it has a bound, with a gap."""
+    model, density = linear_gaussian(**WRONG)
+    x = torch.randn(1, PIXELS).expand(4000, -1)
+    estimates = model.loss(x, generator=seeded()).total.detach()
+    truth = float(-density.log_prob(x[0]))
+    assert_z(estimates, truth + gap(**WRONG))
+    with pytest.raises(AssertionError):
+        assert_z(estimates, truth)
+
+
+# --- binary images from grey ones, and inputs at the edge ---
+
+
+def test_images_are_binarised_anew_at_each_call_by_the_generator():
+    encoder, decoder = nets.mlp_pair((1, 2, 2), 1, hidden=(8,), heads=2, output=nn.Identity)
+    model, grey = VAE(encoder, decoder, 1, binarise=True), torch.rand(4, 1, 2, 2)
+    noise = seeded()
+    drawn = torch.stack([model._binarised(grey, noise) for _ in range(4000)])
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    for pixel, mean in zip(drawn.flatten(1).T, grey.flatten(), strict=True):
+        assert_z(pixel, float(mean))
+    plain = VAE(encoder, decoder, 1)
+    noise, again = seeded(5), seeded(5)
+    binary = (torch.rand(grey.shape, generator=again) < grey).double()
+    torch.testing.assert_close(model.loss(grey, generator=noise).total, plain.loss(binary, generator=again).total)
+    torch.testing.assert_close(model.loss(BINARY, generator=seeded()).reconstruction.shape, torch.Size([16]))
+    iwae = IWAE(encoder, decoder, 1, samples=3, binarise=True)
+    assert torch.isfinite(iwae.loss(grey).total).all()
+    with pytest.raises(ValueError, match="x must have entries 0 and 1 alone"):
+        IWAE(encoder, decoder, 1, samples=3).loss(grey)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.5, math.nan])
+def test_what_is_no_probability_cannot_be_binarised(value):
+    encoder, decoder = nets.mlp_pair((1, 2, 2), 1, hidden=(8,), heads=2, output=nn.Identity)
+    with pytest.raises(ValueError, match=r"x must be in \[0, 1\] to be binarised"):
+        VAE(encoder, decoder, 1, binarise=True).loss(torch.full((2, 1, 2, 2), value))
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_a_batch_of_one_has_a_loss_in_training(samples):
+    encoder, decoder = nets.mlp_pair((1, 2, 2), 1, hidden=(8,), heads=2, output=nn.Identity)
+    model = VAE(encoder, decoder, 1) if samples == 1 else IWAE(encoder, decoder, 1, samples=samples)
+    total = model.train().loss(BINARY[:1]).total
+    total.mean().backward()
+    assert total.shape == (1,) and torch.isfinite(total).all()
+
+
+def with_logvar(logvar, dtype=torch.float64):
+    model = linear_gaussian()[0]
+    nn.init.zeros_(model.encoder.weight)
+    with torch.no_grad():
+        model.encoder.bias.copy_(torch.tensor([0.0] * DIM + [logvar] * DIM))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_log_variance_of_minus_hundred_is_an_ordinary_code(dtype):
+    x = torch.randn(3, PIXELS, dtype=dtype)
+    loss = with_logvar(-100.0, dtype).loss(x)
+    torch.testing.assert_close(loss.kl, torch.full((3,), DIM * 49.5, dtype=dtype))
+    assert torch.isfinite(loss.total).all()
+    assert torch.isfinite(importance_weighted_nll(with_logvar(-100.0, dtype), x, samples=3)).all()
+
+
+def test_a_log_variance_of_hundred_is_finite_in_double_precision_and_an_error_in_single(tmp_path):
+    x = torch.randn(8, PIXELS)
+    loss = with_logvar(100.0).loss(x)
+    torch.testing.assert_close(loss.kl, torch.full((8,), DIM * 0.5 * (math.exp(100) - 101)))
+    assert torch.isfinite(loss.total).all()
+    single = with_logvar(100.0, torch.float32)
+    assert torch.isinf(single.loss(x.float()).kl).all()
+    with pytest.raises(FloatingPointError, match="'total' is inf"):
+        train.fit(single, x.float(), epochs=1, batch_size=8, progress=False)
+
+
+def test_wrong_options_of_the_bound_are_named():
+    networks = nn.Linear(4, 2), nn.Linear(1, 4), 1
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        IWAE(*networks, samples=0)
+    with pytest.raises(ValueError, match="beta must be 1 for the importance-weighted bound, got 2"):
+        IWAE(*networks, samples=2, beta=2.0)
+    with pytest.raises(ValueError, match="binarise must be False for the gaussian likelihood"):
+        VAE(*networks, likelihood="gaussian", binarise=True)
