@@ -296,12 +296,12 @@ def run_optimum(lam: float, _data: str, _size: str, _seed: int, _device: torch.d
 
 IMAGES = {
     "short": Size(16, 128, 1, 64, 1e-3, True, (1, 3), 0.0),
-    "medium": Size(128, 12_800, 20, 64, 1e-3, True, (1, 3), 0.0),
+    "medium": Size(128, 12_800, 40, 64, 1e-3, True, (1, 1), 0.0),
     "full": Size(512, 128_000, 300, 64, 1e-4, False, (5, 1), 0.0),  # the authors' 100,000 rounds
 }
 IMAGE_DIM = {"short": 8, "medium": 16, "full": 128}
 STACKED = {"short": 2, "medium": 2, "full": 3}  # digits; a class has 128 training images and 26 samples
-IMAGE_LAM = 0.01  # for pixels in [0, 1]
+IMAGE_LAM = {"short": 1.0, "medium": 1.0, "full": 0.0032}  # for pixels in [0, 1]; the authors' is the last
 IMAGE_MODELS: dict[str, tuple[str, dict]] = {
     "": ("MEG, JSD surrogate", {"surrogate": "jsd"}),
     "_plain": ("the same GAN without the entropy", {"surrogate": None}),
@@ -326,7 +326,7 @@ def build_images(name: str, shape: tuple[int, ...], size: str, seed: int) -> MEG
             return WGANGP(generator, energy, dim)
         statistics = judge_net(pixels + dim, width, 1, 0.0) if options["surrogate"] else None
         steps = dict(zip(("energy_steps", "generator_steps"), recipe.steps, strict=True))
-        return MEG(generator, energy, dim, lam=IMAGE_LAM, statistics=statistics, **{**steps, **options})
+        return MEG(generator, energy, dim, lam=IMAGE_LAM[size], statistics=statistics, **{**steps, **options})
 
 
 def image_settings(name: str, _data: str, size: str) -> dict:
