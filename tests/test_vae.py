@@ -6,6 +6,7 @@ The models' likelihood is known: a linear-Gaussian one, and quadrature.
 import itertools
 import math
 import random
+import types
 
 import mpmath as mp
 import numpy as np
@@ -19,9 +20,10 @@ from sympy import stats
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from gae_core import metrics, nets, train
+from gae_core import data, metrics, nets, train
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.vae import IWAE, VAE
+from gae_core.studies import vae as studies
 from gae_core.variational import active_units, encoder_information, importance_weighted_nll
 
 
@@ -915,3 +917,44 @@ def test_wrong_options_of_the_bound_are_named():
         IWAE(*networks, samples=2, beta=2.0)
     with pytest.raises(ValueError, match="binarise must be False for the gaussian likelihood"):
         VAE(*networks, likelihood="gaussian", binarise=True)
+
+
+# --- the studies ---
+
+
+def test_likelihoods_of_the_studies_are_those_of_all_images_with_the_many_samples(monkeypatch):
+    """Few samples for all and many for some estimate many for all; where some are all it is just that."""
+    model, density = linear_gaussian(**WRONG)
+    x = density.sample((300,))
+    monkeypatch.setitem(studies.TEST, "short", (2, 300, 200, 5))
+    whole = studies.nll(model, x, size="short", seed=0)
+    assert whole["NLL"] == pytest.approx(float(-density.log_prob(x).mean()), abs=0.02)
+    monkeypatch.setitem(studies.TEST, "short", (2, 100, 200, 5))
+    part = studies.nll(model, x, size="short", seed=0)
+    assert abs(part["NLL"] - whole["NLL"]) < 4 * part["error of the correction"] + 0.02
+    assert part["NLL, few samples"] == whole["NLL, few samples"] > part["NLL"]
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_study_builds_its_model_from_the_seed_and_starts_at_the_mean_image(k):
+    torch.set_default_dtype(torch.float32)
+    images = data.load("digits")
+    first, again, other = (studies.build(images, samples=k, dim=3, seed=s) for s in (0, 0, 1))
+    weights = [m.encoder[1][0].weight for m in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert first.binarise and (isinstance(first, IWAE) == (k > 1)) and getattr(first, "samples", 1) == k
+    nn.init.zeros_(first.decoder[0][-1].weight)
+    mean = data.to_unit(images.x_train).mean(0)
+    torch.testing.assert_close(first.decode(torch.zeros(1, 3))[0], mean.clamp(0.001, 0.999))
+
+
+@pytest.mark.parametrize("name", ["vae_k1", "iwae_k50"])
+def test_a_study_runs(name, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(studies, "classifier", lambda images: types.SimpleNamespace(features=nn.Flatten()))
+    outcome = studies.STUDIES[name].run("digits", "short", 0, torch.device("cpu"))
+    settings_ = studies.STUDIES[name].settings("digits", "short")
+    assert outcome.samples == settings_["epochs"] * 1000
+    assert outcome.metrics["NLL"] < outcome.metrics["negative ELBO"]
+    assert outcome.metrics["NLL"] < 64 * math.log(2), "worse than coins"
+    assert len(outcome.curves["NLL of some test images"]) == settings_["epochs"]
