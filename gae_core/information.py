@@ -97,8 +97,8 @@ def jsd_terms(joint: Tensor, marginal: Tensor) -> Tensor:
     .. math:: \log\sigma(T) + \log\sigma(-T'),
 
     where T is a score of a pair and T' that of x with another z. Implements ``def-mutual_information-jsd``: the mean is
-    at most 2 JSD - log 4, in [-log 4, 0] (``eq-mutual_information-jsd``), and no bound of I(x; z). It is minus twice
-    the binary cross entropy of telling the pairs apart.
+    at most 2 JSD - log 4, in [-log 4, 0] (``eq-mutual_information-jsd``), and no estimate of I(x; z). It is minus
+    twice the binary cross entropy of telling the pairs apart.
 
     Args:
         joint: scores of the pairs (x_i, z_i), (n,).
