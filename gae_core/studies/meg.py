@@ -80,7 +80,7 @@ def judge_net(inputs: int, width: int, outputs: int, features: float) -> nn.Modu
 
 TOY = {
     "short": Size(16, 2560, 1, 128, 1e-3, True, (1, 3), 2.0),
-    "medium": Size(64, 51_200, 40, 128, 1e-3, True, (1, 3), 2.0),
+    "medium": Size(64, 51_200, 30, 128, 1e-3, True, (1, 5), 2.0),
     "full": Size(512, 100_000, 1536, 256, 1e-4, False, (5, 1), 0.0),  # the authors' 100,000 rounds
 }
 TOY_DIM = 2
@@ -151,7 +151,7 @@ def draw_toy(model: MEG, toy: data.Toy, x: Tensor) -> Figure:
     axes[0].set(title="samples, modes (+)", xlim=(-half, half), ylim=(-half, half), aspect="equal")
     _, density = toy_density(model, toy, 300)
     log_density = density.T.clamp_min(1e-8).log10()
-    axes[1].imshow(log_density, origin="lower", extent=(-half, half, -half, half), vmin=-3, cmap="viridis")
+    axes[1].imshow(log_density.numpy(), origin="lower", extent=(-half, half, -half, half), vmin=-3, cmap="viridis")
     axes[1].set(title=r"$\log_{10}$ of $e^{-U}/Z$")
     return figure
 
