@@ -66,9 +66,9 @@ class LocalLinearGAE(nn.Module):
 
     def squared_distances(self, x: Tensor) -> Tensor:
         """Squared distances of x (n, D) to all subspaces, (n, K)."""
-        centred = x[:, None] - self.mu  # (n, K, D)
-        along = torch.einsum("nkd,kdq->nkq", centred, self.W)
-        return (centred.square().sum(-1) - along.square().sum(-1)).clamp_min(0)
+        squared = torch.cdist(x, self.mu, compute_mode="donot_use_mm_for_euclid_dist").square()
+        along = torch.einsum("nd,kdq->nkq", x, self.W) - torch.einsum("kd,kdq->kq", self.mu, self.W)
+        return (squared - along.square().sum(-1)).clamp_min(0)
 
     def log_joint(self, x: Tensor) -> Tensor:
         """Logarithms of weight times likelihood at the best z of each component, (n, K)."""
