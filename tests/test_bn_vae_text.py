@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -466,3 +467,51 @@ def test_methods_are_made_as_they_are_named():
     assert made("aggressive").players["encoder"][1] == 10
     assert study.settings(study.METHODS["bn_0.7_adam"][1], "learnable", "medium")["lr"] == 3e-3
     assert torch.equal(made("plain").decoder.out.weight, made("bn_0.7").decoder.out.weight)  # the same start
+
+
+# ---- the records ------------------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).parents[1] / "book" / "results"
+
+
+def recorded(name, key, data="learnable"):
+    """Mean over seeds and its standard error, of the tables."""
+    metric = json.loads((RESULTS / f"text_{name}" / f"{data}-medium.json").read_text(encoding="utf-8"))["metrics"][key]
+    return metric["mean"], metric["standard error"] or 0.0
+
+
+def less(first, second, by=0.0):
+    """Whether one mean is clearly below another, four standard errors and ``by``."""
+    (a, error_a), (b, error_b) = recorded(*first), recorded(*second)
+    return a + by + 4 * math.hypot(error_a, error_b) < b
+
+
+def test_the_chapters_reading_of_the_languages_optimum():
+    assert recorded("floor", "its bracket")[0] < 0.03 and recorded("floor", "error of the bracket")[0] < 0.1
+    optimum, floor, integrated = (
+        recorded("floor", key)[0] for key in ("optimum of NLL", "reachable floor", "reader, z integrated")
+    )
+    assert optimum < integrated < floor < optimum + 0.3
+    assert less(("floor", "reader, z integrated"), ("floor", "reachable floor"))
+
+
+def test_the_chapters_reading_of_the_recorded_runs():
+    """The sentences below the tables."""
+    for name in ("plain", "plain_adam", "aggressive"):  # collapse, whose likelihood is near the optimum
+        assert recorded(name, "KL")[0] < 0.01 and abs(recorded(name, "gain from z")[0]) < 0.03
+        assert recorded(name, "AU")[0] == 0
+        assert recorded(name, "NLL")[0] < recorded("floor", "optimum of NLL")[0] + 0.2
+        assert recorded(name, "R² of z")[0] > 0.4
+    assert recorded("aggressive", "training time / plain")[0] == pytest.approx(1.8, abs=0.15)
+    assert recorded("annealed", "KL")[0] == pytest.approx(0.5, abs=0.15)
+    assert recorded("free_bits", "KL")[0] == pytest.approx(2.08, abs=0.05)
+    assert recorded("free_bits", "MI")[0] > 0.85 * recorded("free_bits", "KL")[0]
+    assert recorded("delta", "KL")[0] == pytest.approx(2, abs=0.01)
+    assert recorded("delta", "MI")[0] == pytest.approx(0.55 * 2, abs=0.1)
+    assert recorded("beta", "MI")[0] > recorded("floor", "I(x; z)")[0] + 1
+    assert recorded("beta", "MI by batches of 32")[0] == pytest.approx(3.0, abs=0.05)
+    assert less(("plain", "NLL"), ("beta", "NLL"), by=0.01)
+    assert recorded("beta", "NLL")[0] - recorded("plain", "NLL")[0] == pytest.approx(0.1, abs=0.05)
+    assert recorded("beta", "MI")[0] == pytest.approx(4, abs=0.1)
+    assert recorded("beta", "R² of z")[0] < max(recorded(n, "R² of z")[0] for n in ("plain", "plain_adam"))
+    assert recorded("delta", "AU")[0] == 8
