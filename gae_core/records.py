@@ -155,11 +155,14 @@ def groups(folder: Path = RESULTS, order: Sequence[str] = ()) -> dict[str, list[
 
 
 def cell(metric: dict | None) -> str:
-    """Mean and standard error, rounded to the first two digits of the error (three of the mean where there is none)."""
+    """Mean and standard error, rounded to the first two digits of the error (three of the mean where there is none).
+
+    An error below a ten-thousandth of the mean counts as that much: what lies behind is rounding.
+    """
     if metric is None:
         return "–"
     mean, error = metric["mean"], metric["standard error"]
-    smallest = error or abs(mean) / 10
+    smallest = max(error, 1e-4 * abs(mean)) if error else abs(mean) / 10
     digits = 0 if smallest == 0 else max(0, 1 - math.floor(math.log10(smallest)))
     text = f"{mean:,.{digits}f}"
     return text if error is None else f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.{digits}f}"

@@ -166,6 +166,7 @@ def record(path, device="CPU", **changes):
         (records.summary([1234.5]), "1,234"),
         (records.summary([0.012345]), "0.0123"),
         (records.summary([5.0, 5.0]), "5.00\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00"),
+        ({"mean": 2.0000002, "standard error": 2e-7}, "2.00000\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00000"),
         (None, "–"),
     ],
 )
