@@ -519,12 +519,13 @@ def test_variance_of_the_ratio_under_the_product(rho):
         variance = mean(q, lambda *k: (p[k] / q[k]) ** 2) - mean(q, lambda *k: p[k] / q[k]) ** 2
         assert same(variance, mean(p, lambda *k: p[k] / q[k]) - 1)
         assert variance > mp.exp(information(p)) - 1
-    # Normal: E_q w^2 by the Gaussian integral of its quadratic form, a determinant.
-    rho = mp.mpf(rho)
-    cov = mp.matrix([[1, rho], [rho, 1]])
-    precision = 2 * mp.inverse(cov) - mp.eye(2)  # of p^2 / q
-    second = 1 / (mp.det(cov) * mp.sqrt(mp.det(precision)))
-    i = -mp.log(1 - rho**2) / 2
+    # Normal: E_q w^2 by the Gaussian integral of its quadratic form, a determinant; x in one dimension, z in two.
+    rho, other = mp.mpf(rho), mp.mpf("0.5")
+    cov = mp.matrix([[1, rho, 0], [rho, 2, other], [0, other, 1]])
+    apart = mp.matrix([[1, 0, 0], [0, 2, other], [0, other, 1]])
+    precision = 2 * mp.inverse(cov) - mp.inverse(apart)  # of p^2 / q
+    second = mp.sqrt(mp.det(apart) / mp.det(precision)) / mp.det(cov)
+    i = mp.log(mp.det(apart) / mp.det(cov)) / 2
     assert same(second - 1, mp.exp(2 * i) - 1)
 
 
