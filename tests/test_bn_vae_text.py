@@ -515,3 +515,9 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert recorded("beta", "MI")[0] == pytest.approx(4, abs=0.1)
     assert recorded("beta", "R² of z")[0] < max(recorded(n, "R² of z")[0] for n in ("plain", "plain_adam"))
     assert recorded("delta", "AU")[0] == 8
+    assert recorded("bn_0.7", "KL on batches")[0] > 8 * 0.7**2 / 2 and recorded("bn_0.7", "AU")[0] == 8
+    assert recorded("bn_0.7", "MI")[0] > 0.8 * recorded("bn_0.7", "KL")[0]
+    assert less(("bn_0.7", "NLL"), ("floor", "reachable floor"))
+    assert recorded("bn_0.7", "training time / plain")[0] == pytest.approx(1.05, abs=0.03)
+    for name in ("annealed", "free_bits", "delta", "beta", "bn_0.7"):
+        assert less((name, "MI"), (name, "gain from z"))
