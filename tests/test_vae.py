@@ -4,9 +4,11 @@ The models' likelihood is known: a linear-Gaussian one, and quadrature.
 """
 
 import itertools
+import json
 import math
 import random
 import types
+from pathlib import Path
 
 import mpmath as mp
 import numpy as np
@@ -958,3 +960,15 @@ def test_a_study_runs(name, monkeypatch):
     assert outcome.metrics["NLL"] < outcome.metrics["negative ELBO"]
     assert outcome.metrics["NLL"] < 64 * math.log(2), "worse than coins"
     assert len(outcome.curves["NLL of some test images"]) == settings_["epochs"]
+
+
+def test_the_chapters_reading_of_the_recorded_runs():
+    """The sentences around the tables, of one seed each."""
+    root = Path(__file__).parents[1] / "book" / "results"
+    vae = json.loads((root / "vae_k1" / "mnist-medium.json").read_text(encoding="utf-8"))
+    found = {name: metric["mean"] for name, metric in vae["metrics"].items()}
+    assert found["active units"] == 18
+    assert 4 < found["negative ELBO"] - found["NLL"] < 6
+    assert found["mutual information"] > found["cap of the information"] - 0.1
+    (curve,) = vae["curves"]["NLL of some test images"]
+    assert curve[0] - curve[5] > 8 and 0.5 < curve[-6] - curve[-1] < 2, "steep at first, and falling still"

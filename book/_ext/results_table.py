@@ -14,6 +14,17 @@ which commands.
 
 .. code-block:: none
 
+    ```{results-curves} vae_k1 iwae_k50
+    :record: mnist-medium
+    :curve: NLL of some test images
+    :alt: alternative text
+    The caption, in MyST.
+    ```
+
+plots a curve of each record against the epochs, and
+
+.. code-block:: none
+
     ```{results-all}
     ```
 
@@ -116,6 +127,31 @@ class ResultsAll(Parsing):
         return self.parse("\n\n".join(text))
 
 
+class ResultsCurves(Parsing):
+    """The ``results-curves`` directive: arguments are the models, options the record, its curve and the text for it."""
+
+    required_arguments = 1
+    optional_arguments = 40
+    has_content = True
+    option_spec = dict.fromkeys(("record", "curve", "alt"), directives.unchanged_required)
+
+    def run(self):
+        """Return the figure."""
+        stem, curve = self.options["record"], self.options["curve"]
+        source = Path(self.env.srcdir)
+        paths = [source / RESULTS / model / f"{stem}.json" for model in self.arguments]
+        for path in paths:
+            self.env.note_dependency(str(path))
+        try:
+            found = [records.check(path) for path in paths]
+            plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-curves-{'-'.join(self.arguments)}.png"
+            draw_curves(found, curve, plot)
+        except (KeyError, OSError, ValueError) as error:
+            raise self.error(f"results-curves: no {curve!r} of {', '.join(self.arguments)}: {error}") from error
+        page = Path(self.env.doc2path(self.env.docname)).parent
+        return self.parse(figure(plot, page, self.options["alt"], "\n".join(self.content)))
+
+
 def figure(path: Path, page: Path, alt: str, caption: str) -> str:
     """A figure in MyST."""
     return f"```{{figure}} {Path(os.path.relpath(path, page)).as_posix()}\n:alt: {alt}\n\n{caption}\n```"
@@ -163,8 +199,29 @@ def draw(group: list[dict], path: Path) -> bool:
     return True
 
 
+def draw_curves(found: list[dict], curve: str, path: Path) -> None:
+    """Draw a curve of each record and seed against the epochs."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    for i, record in enumerate(found):
+        for seed, values in enumerate(record["curves"][curve]):
+            epochs = [record["epochs"] * (step + 1) / len(values) for step in range(len(values))]
+            label = record["model"].replace("_", " ") if seed == 0 else None
+            ax.plot(epochs, values, ".-", color=f"C{i}", markersize=4, label=label)
+    ax.set(xlabel="epochs", ylabel=curve)
+    ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
 def setup(app):
     """Register the directives."""
     app.add_directive("results-table", ResultsTable)
     app.add_directive("results-all", ResultsAll)
+    app.add_directive("results-curves", ResultsCurves)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
