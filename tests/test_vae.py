@@ -760,6 +760,24 @@ def test_the_bounds_rise_to_the_likelihood_with_a_gap_of_one_over_k(low, high, s
         assert abs(errors[1] / errors[0] - mp.mpf(1) / 2) < 0.02, "what is left is of the next order"
 
 
+def test_solutions_of_the_exercises():
+    with mp.workdps(30):
+        for h in ("0.1", "0.9"):
+            h = mp.mpf(h)
+            gaps = [weights_of_two_values(k, 1 - h, 1 + h, mp.mpf(1) / 2) for k in (1, 2)]
+            first, second = (truth - bound for bound, truth in gaps)
+            assert abs(first + mp.log(1 - h**2) / 2) < 1e-25 and abs(second - first / 2) < 1e-25
+    sigma, b = sp.symbols("sigma b", positive=True)
+    for d in (1, 2, 3):
+        eps = sp.symbols(f"e0:{d}", real=True)
+        f = sigma**2 * sum(e**2 for e in eps) / 2
+        assert gaussian_mean(sp.expand((f - b) * eps[0] / sigma), eps) == 0  # the mean, a = 0
+        second = gaussian_mean(sp.expand((f - b) ** 2 * eps[0] ** 2 / sigma**2), eps)
+        (best,) = sp.solve(sp.diff(second, b), b)
+        assert sp.simplify(best - sigma**2 * (d + 2) / 2) == 0
+        assert sp.simplify(second.subs(b, best) - sigma**2 * sp.Rational(d + 2, 2)) == 0
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.floats(-1, 1), st.floats(-2, 2))
 def test_on_the_same_draws_more_samples_never_lower_the_bound(seed, k, shift, log_ratio):
