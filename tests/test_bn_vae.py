@@ -598,7 +598,8 @@ def test_the_chapters_reading_of_the_recorded_runs():
         return a + 3 * math.hypot(error_a, factor * error_b) < factor * b
 
     smallest, information = "smallest KL of a training batch", "mutual information"
-    assert values("none", smallest)[0] == pytest.approx(0.05, abs=0.01)
+    for curve in runs["none"]["curves"]["KL in training"]:  # means of nine steps
+        assert max(curve[1:3]) > 4 and 0.05 < min(curve[:7]) < 0.15 and len(curve) == 104 and curve[-1] > 0.9
     assert 0.5 < values("none", information)[0] < 1.5
     by_seed = runs["none"]["metrics"]["KL"]["by seed"]
     assert max(by_seed) > 1.5 * min(by_seed)
