@@ -519,5 +519,24 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert recorded("bn_0.7", "MI")[0] > 0.8 * recorded("bn_0.7", "KL")[0]
     assert less(("bn_0.7", "NLL"), ("floor", "reachable floor"))
     assert recorded("bn_0.7", "training time / plain")[0] == pytest.approx(1.05, abs=0.03)
+    for name in ("free_bits", "beta", "bn_0.7", "coupled_0.5"):
+        assert recorded(name, "MI")[0] > 0.75 * recorded(name, "KL")[0]
     for name in ("annealed", "free_bits", "delta", "beta", "bn_0.7"):
         assert less((name, "MI"), (name, "gain from z"))
+
+
+def test_the_chapters_reading_of_the_norms():
+    assert recorded("bn_1.8", "KL on batches")[0] > 8 * 1.8**2 / 2 and recorded("bn_1.8", "MI")[0] < 5
+    assert recorded("bn_1.8", "KL")[0] == pytest.approx(13, abs=0.5)
+    assert recorded("bn_1.8", "KL of aggregate")[0] == pytest.approx(2 * 4.26, rel=0.1)
+    assert recorded("bn_1.8", "NLL")[0] - recorded("bn_0.7", "NLL")[0] == pytest.approx(1.7, abs=0.1)
+    others = ("plain", "plain_adam", "annealed", "free_bits", "beta", "delta", "aggressive", "bn_0.7", "coupled_0.5")
+    assert all(less((name, "gain from z"), ("bn_1.8", "gain from z")) for name in others)
+    assert recorded("coupled_0.5", "KL on batches")[0] > -4 * math.log(1 - 0.5)
+    assert recorded("coupled_0.5", "MI")[0] == pytest.approx(2.4, abs=0.1)
+    assert recorded("bn_0.7", "MI")[0] == pytest.approx(1.8, abs=0.1)
+    assert less(("bn_0.7", "NLL"), ("coupled_0.5", "NLL"))
+    assert recorded("coupled_0.5", "NLL")[0] - recorded("bn_0.7", "NLL")[0] == pytest.approx(0.1, abs=0.02)
+    assert recorded("coupled_0.5", "NLL")[0] == pytest.approx(recorded("floor", "reachable floor")[0], abs=0.02)
+    assert less(("bn_0.7", "KL of aggregate"), ("coupled_0.5", "KL of aggregate"))
+    assert not less(("bn_0.7", "R² of z"), ("coupled_0.5", "R² of z"))
