@@ -586,7 +586,7 @@ def test_a_study_runs_and_says_what_it_did(name):
 def test_the_chapters_reading_of_the_recorded_runs():
     """The sentences below the table; comparisons of means of three seeds, three standard errors apart or more."""
     root = ROOT / "book" / "results"
-    names = ("none", "layer", "gamma0.7", "tau0.5")
+    names = ("none", "layer", "gamma0.7", "gamma1.2", "tau0.5")
     runs = {n: json.loads((root / f"bn_vae_{n}" / "mnist-medium.json").read_text(encoding="utf-8")) for n in names}
 
     def values(name, metric):
@@ -606,13 +606,19 @@ def test_the_chapters_reading_of_the_recorded_runs():
     floors = {"layer": 16 * 0.49 / 2, "gamma0.7": 16 * 0.49 / 2, "tau0.5": 8 * math.log(2)}
     assert all(min(runs[n]["metrics"][smallest]["by seed"]) > 0.999 * floor for n, floor in floors.items())
     assert clearly_less("none", "gamma0.7", information, 1 / 2) and clearly_less("none", "gamma0.7", "gain from z")
+    assert values("gamma1.2", smallest)[0] == pytest.approx(16 * 1.44 / 2 - 0.02, abs=0.002)
+    assert values("gamma1.2", information)[0] / values("gamma0.7", information)[0] == pytest.approx(2, abs=0.1)
+    assert values("gamma1.2", "gain from z")[0] > 2.5 * values("gamma0.7", "gain from z")[0]
+    mismatch = "KL of the aggregate"
+    assert values("gamma1.2", mismatch)[0] / values("gamma0.7", mismatch)[0] == pytest.approx(6.4, abs=0.2)
+    assert clearly_less("gamma0.7", "gamma1.2", "NLL") and not clearly_less("gamma1.2", "none", "NLL")
     assert clearly_less("gamma0.7", "none", "NLL")
     assert not clearly_less("gamma0.7", "layer", "NLL")
     assert clearly_less("gamma0.7", "layer", information) and clearly_less("gamma0.7", "layer", "gain from z")
     assert all(values(n, "active units")[0] == 16 for n in names)
     assert values("tau0.5", information)[0] > 0.95 * values("tau0.5", "cap of the information")[0]
     assert values("tau0.5", "KL of the aggregate")[0] == pytest.approx(values("tau0.5", "KL")[0] / 2, rel=0.1)
-    assert all(values("tau0.5", "NLL")[0] > values(n, "NLL")[0] + 4 for n in names[:3])
+    assert all(values("tau0.5", "NLL")[0] > values(n, "NLL")[0] + 4 for n in names[:4])
     above = (values("tau0.5", "KL")[0] - values("tau0.5", "floor of the KL")[0]) / 16
     assert (2 - math.log(3)) / 2 < above < (0.5772156649 + math.log(2)) / 2
     assert values("tau0.5", "floor of the KL")[0] == pytest.approx(9, abs=0.1)
