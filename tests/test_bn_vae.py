@@ -586,7 +586,7 @@ def test_a_study_runs_and_says_what_it_did(name):
 def test_the_chapters_reading_of_the_recorded_runs():
     """The sentences below the table; comparisons of means of three seeds, three standard errors apart or more."""
     root = ROOT / "book" / "results"
-    names = ("none", "layer", "gamma0.7", "gamma1.2", "tau0.5")
+    names = ("none", "layer", "gamma0.7", "gamma1.2", "tau0.5", "none_beta2", "gamma0.7_beta2")
     runs = {n: json.loads((root / f"bn_vae_{n}" / "mnist-medium.json").read_text(encoding="utf-8")) for n in names}
 
     def values(name, metric):
@@ -615,10 +615,18 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert clearly_less("gamma0.7", "none", "NLL")
     assert not clearly_less("gamma0.7", "layer", "NLL")
     assert clearly_less("gamma0.7", "layer", information) and clearly_less("gamma0.7", "layer", "gain from z")
-    assert all(values(n, "active units")[0] == 16 for n in names)
+    assert all(values(n, "active units")[0] == 16 for n in names[:5])
     assert values("tau0.5", information)[0] > 0.95 * values("tau0.5", "cap of the information")[0]
     assert values("tau0.5", "KL of the aggregate")[0] == pytest.approx(values("tau0.5", "KL")[0] / 2, rel=0.1)
     assert all(values("tau0.5", "NLL")[0] > values(n, "NLL")[0] + 4 for n in names[:4])
     above = (values("tau0.5", "KL")[0] - values("tau0.5", "floor of the KL")[0]) / 16
     assert (2 - math.log(3)) / 2 < above < (0.5772156649 + math.log(2)) / 2
     assert values("tau0.5", "floor of the KL")[0] == pytest.approx(9, abs=0.1)
+
+    collapsed, kept = "none_beta2", "gamma0.7_beta2"
+    assert values(collapsed, "active units")[0] == 0 and values(kept, "active units")[0] == 16
+    assert values(collapsed, "KL")[0] == pytest.approx(1 / 30, abs=0.005) and values(collapsed, "gain from z")[0] < 0.2
+    assert values(kept, information)[0] == pytest.approx(3, abs=0.05) and values(kept, "gain from z")[0] > 10
+    assert values(kept, "NLL")[0] - values("gamma0.7", "NLL")[0] == pytest.approx(0.25, abs=0.01)
+    assert values(kept, "KL")[0] - values(kept, "floor of the KL")[0] == pytest.approx(-0.04, abs=0.01)
+    assert min(runs[kept]["metrics"][smallest]["by seed"]) > 16 * 0.49 / 2
