@@ -1,0 +1,581 @@
+"""The chapter on maximum-entropy generators: its equations, the models, the measures of modes and of anomalies."""
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import mpmath as mp
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+from helpers import assert_z
+from torch import nn
+
+from gae_core import data, metrics, nets, train
+from gae_core.energy import gradient_penalty_r1, gradient_penalty_wgan
+from gae_core.models.meg import MEG, WGANGP, EnergyLoss, GeneratorLoss
+from gae_core.studies import meg as studies
+
+# ---- the game --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.checks("eq-meg-gibbs", how="symbolic")
+@pytest.mark.checks("eq-meg-value", how="symbolic")
+def test_the_best_samples_turn_the_game_into_likelihood():
+    """U = a x²/2 + b x against samples from N(m, v), in symbols, with the integral of exp(-U) done by SymPy."""
+    x, b, m = sp.symbols("x b m", real=True)
+    a, v, lam, sigma = sp.symbols("a v lambda sigma", positive=True)
+    u = a * x**2 / 2 + b * x
+    log_z = sp.log(sp.integrate(sp.exp(-u), (x, -sp.oo, sp.oo)))
+    value = sp.log(2 * sp.pi * sp.E * v) / 2 - (a * (v + m**2) / 2 + b * m)  # H(q) - E_q U
+    gap = sp.simplify(sp.expand_log(log_z - value, force=True))
+    kl = (a * v - 1 - sp.log(a * v)) / 2 + a * (m + b / a) ** 2 / 2  # between the two Gaussians, in closed form
+    assert sp.simplify(gap - sp.expand_log(kl, force=True)) == 0
+    assert sp.simplify(gap.subs({v: 1 / a, m: -b / a})) == 0
+    assert gap.subs({a: 2, v: 1, m: 0, b: 1}).evalf() > 0
+
+    # At the best samples, the data's part included: E_p[-log q_U] with the penalty, for data of variance sigma².
+    on_data = a * sigma**2 / 2
+    penalty = lam * (a**2 * sigma**2 + b**2)
+    best = sp.simplify((on_data + value + penalty).subs({v: 1 / a, m: -b / a}))
+    log_q = -u - log_z
+    p = sp.exp(-(x**2) / (2 * sigma**2)) / (sigma * sp.sqrt(2 * sp.pi))
+    likelihood = -sp.integrate(sp.expand(p * log_q), (x, -sp.oo, sp.oo))
+    slope = sp.integrate(sp.expand(p * sp.diff(u, x) ** 2), (x, -sp.oo, sp.oo))
+    assert sp.simplify(sp.expand_log(best - likelihood - lam * slope, force=True)) == 0
+
+
+@pytest.mark.checks("eq-meg-collapse", how="exact")
+def test_without_the_entropy_the_best_samples_are_one_point():
+    """Linear in q: over 200 random distributions on a grid none is below the point at the minimum."""
+    rng = random.Random(0)
+    with mp.workdps(30):
+        u = [mp.mpf(rng.gauss(0, 1)) for _ in range(20)]
+        for _ in range(200):
+            weights = [mp.mpf(rng.random()) ** rng.randint(1, 30) for _ in u]
+            mean = mp.fsum(w * v for w, v in zip(weights, u, strict=True)) / mp.fsum(weights)
+            assert mean >= min(u)
+        assert mp.fsum(v for v in u) / 20 > min(u), "and spreading out costs energy"
+
+
+# ---- the penalty -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.checks("eq-meg-stationary", how="symbolic")
+@pytest.mark.parametrize("power", [1, 2, 3, 4])
+def test_the_change_of_the_penalised_loss_in_a_direction(power):
+    """Left side: derivative in t of the three integrals; right side: the integral by parts. On the line."""
+    x, t = sp.symbols("x t", real=True)
+    lam, a = sp.symbols("lambda a", positive=True)
+    p = sp.exp(-(x**2) / 2) / sp.sqrt(2 * sp.pi)
+    u, h = a * x**2 / 2, x**power
+
+    def mean(f):
+        return sp.integrate(sp.expand(f), (x, -sp.oo, sp.oo))
+
+    q = sp.exp(-u) * sp.sqrt(a / (2 * sp.pi))
+    # d/dt of log of the integral at 0, differentiated under it, without the formula for q
+    log_part = mean(-h * sp.exp(-u)) / mean(sp.exp(-u))
+    quadratic = mean(p * sp.expand((sp.diff(u + t * h, x)) ** 2))
+    left = mean(p * h) + log_part + lam * sp.diff(quadratic, t).subs(t, 0)
+    right = mean((p - q - 2 * lam * sp.diff(p * sp.diff(u, x), x)) * h)
+    assert sp.simplify(left - right) == 0
+    if power % 2 == 0:
+        wrong = mean((p - q - lam * sp.diff(p * sp.diff(u, x), x)) * h)
+        assert sp.simplify(left - wrong) != 0
+
+
+@pytest.mark.checks("eq-meg-gaussian", how="symbolic")
+def test_the_best_gaussian_under_the_penalty():
+    a, sigma, lam, d = sp.symbols("a sigma lambda d", positive=True)
+    value = d * (a * sigma**2 - sp.log(a)) / 2 + lam * d * a**2 * sigma**2
+    s2 = (sigma**2 + sp.sqrt(sigma**4 + 16 * lam * sigma**2)) / 2
+    assert sp.simplify(sp.diff(value, a).subs(a, 1 / s2)) == 0
+    assert sp.simplify(sp.diff(value, a, 2)).is_positive
+    assert sp.limit(s2, lam, 0) == sigma**2
+    assert sp.simplify(sp.series(s2, lam, 0, 2).removeO() - sigma**2 - 4 * lam) == 0  # the exercise
+
+
+@pytest.mark.checks("eq-meg-quality", how="symbolic")
+def test_the_share_within_three_sigma():
+    r, s, sigma = sp.symbols("r s sigma", positive=True)
+    share = sp.integrate(r / s**2 * sp.exp(-(r**2) / (2 * s**2)), (r, 0, 3 * sigma))
+    assert sp.simplify(share - (1 - sp.exp(-9 * sigma**2 / (2 * s**2)))) == 0
+    assert float(share.subs({s: 1, sigma: 1})) == pytest.approx(0.9889, abs=5e-5)
+
+
+STD = 0.05 / math.sqrt(8)
+
+
+def test_the_penalised_optimum_solves_its_equation():
+    """Against the stationary equation by finite differences of the density that comes back, and its own moments."""
+    lam = 1e-3
+    best = studies.penalised_optimum(lam, STD)
+    r, q = best.radius.numpy(), best.density.numpy()
+    width = r[1] - r[0]
+    mass = 2 * math.pi * r * q * width
+    assert mass.sum() == pytest.approx(1, abs=1e-9)
+    p = np.exp(-(r**2) / (2 * STD**2)) / (2 * math.pi * STD**2)
+    slope = -np.gradient(np.log(q), width)
+    divergence = np.gradient(r * p * slope, width) / r
+    inside = (r > 0.2 * STD) & (r < 3 * STD)
+    np.testing.assert_allclose((p - 2 * lam * divergence)[inside], q[inside], atol=1e-3 * q.max())
+    assert mass[r < 3 * STD].sum() == pytest.approx(best.high_quality, abs=1e-9)
+    assert (2 * math.pi * r * p * width * slope**2)[5:-5].sum() == pytest.approx(best.slope, rel=1e-3)
+
+
+def test_the_free_optimum_lies_below_the_best_gaussian_and_tends_to_the_data():
+    for lam in (1e-4, 1e-2, 0.1):
+        best, scaled = studies.penalised_optimum(lam, STD), lam / STD**2
+        s2 = (1 + math.sqrt(1 + 16 * scaled)) / 2
+        # KL from the data plus penalty is the loss up to the entropy of the data
+        gaussian = (1 / s2 - 1 + math.log(s2)) + scaled * 2 / s2**2
+        assert best.kl + lam * best.slope < gaussian
+        assert best.high_quality > 1 - math.exp(-4.5 / s2)
+    none = studies.penalised_optimum(0.0, STD)
+    assert none.kl < 1e-9 and none.spread == pytest.approx(1, abs=1e-5)
+    assert none.high_quality == pytest.approx(1 - math.exp(-4.5), abs=1e-5)
+    coarse, fine = (studies.penalised_optimum(0.1, STD, cells=n).high_quality for n in (2000, 8000))
+    assert coarse == pytest.approx(fine, abs=1e-3)
+    for lam, std, message in ((-1.0, 1.0, "lam must be"), (0.1, 0.0, "std positive")):
+        with pytest.raises(ValueError, match=message):
+            studies.penalised_optimum(lam, std)
+
+
+def test_what_the_papers_weight_can_reach_on_its_toy():
+    """At most about two fifths; 94 per cent want a weight of 1e-4."""
+    assert 0.39 < studies.penalised_optimum(0.1, STD).high_quality < 0.42
+    assert studies.penalised_optimum(1e-4, STD).high_quality == pytest.approx(0.94, abs=0.005)
+    assert studies.penalised_optimum(2e-4, STD).high_quality < 0.94
+
+
+@pytest.mark.checks("eq-meg-units", how="symbolic")
+def test_the_weight_has_a_unit():
+    x1, x2 = sp.symbols("x1 x2", real=True)
+    c = sp.symbols("c", positive=True)
+    u = sp.sin(x1) * x2**2 + x1 * x2
+    y1, y2 = sp.symbols("y1 y2", real=True)
+    v = u.subs({x1: c * y1, x2: c * y2}, simultaneous=True)
+    slope_x = sum(sp.diff(u, s) ** 2 for s in (x1, x2))
+    slope_y = sum(sp.diff(v, s) ** 2 for s in (y1, y2)).subs({y1: x1 / c, y2: x2 / c}, simultaneous=True)
+    assert sp.simplify(slope_x - slope_y / c**2) == 0
+
+
+@pytest.mark.checks("eq-meg-pixels", how="symbolic")
+def test_the_norm_over_channels_is_another_weight_for_r1_and_another_function_for_wgan_gp():
+    g = sp.symbols("g0:6", real=True)  # three pixels of two channels
+    pixels = [g[:2], g[2:4], g[4:]]
+    squares = [sum(v**2 for v in pixel) for pixel in pixels]
+    whole = sum(v**2 for v in g)
+    assert sp.expand(sum(squares) / 3 - whole / 3) == 0
+    wrong = sum((sp.sqrt(s) - 1) ** 2 for s in squares) / 3
+    right = (sp.sqrt(whole) - 1) ** 2
+    ones = dict(zip(g, [1, 0, 1, 0, 1, 0], strict=True))
+    assert wrong.subs(ones) == 0 and sp.simplify(right.subs(ones) - (sp.sqrt(3) - 1) ** 2) == 0
+
+
+class Ramp(nn.Module):
+    """Energies a.x + b.x², whose slope is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.linspace(-1, 2, 2 * 3 * 3, dtype=torch.float64))
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        return flat @ self.a + 0.5 * flat.square().sum(1)
+
+
+def test_the_penalties_are_of_the_slope_of_each_whole_sample():
+    """The authors' norm, over axis 1 alone, gives something else on images."""
+    energy, x = Ramp(), torch.randn(7, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slope = (energy.a + x.flatten(1)).square().sum(1)
+    torch.testing.assert_close(gradient_penalty_r1(energy, x), slope)
+    (gradient,) = torch.autograd.grad(energy(x.requires_grad_()).sum(), x)
+    assert gradient.norm(2, 1).square().mean().item() == pytest.approx(slope.mean().item() / 9)
+
+    x = x.detach()
+    penalty = gradient_penalty_wgan(energy, x, x, generator=torch.Generator().manual_seed(1))  # all places are x
+    torch.testing.assert_close(penalty, (slope.sqrt() - 1).square(), rtol=1e-9, atol=0)
+    assert ((gradient.norm(2, 1) - 1) ** 2).mean() != pytest.approx(penalty.mean().item(), rel=0.1)
+
+
+# ---- measures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.checks("eq-meg-bias", how="statistical")
+def test_a_perfect_sampler_has_a_divergence():
+    classes, n = 50, 2000
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(n, np.full(classes, 1 / classes), size=4000) / n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl = np.where(counts > 0, counts * np.log(counts * classes), 0).sum(1)
+    # the next term of the expansion is (K² - 1) / 12 n², here 0.00005, a tenth of a percent of a percent
+    assert_z(kl, (classes - 1) / (2 * n) + (classes**2 - 1) / (12 * n**2))
+    with pytest.raises(AssertionError):
+        assert_z(kl, classes / (2 * n))
+    labels = torch.from_numpy(rng.integers(0, classes, n))
+    assert metrics.mode_count(labels, torch.ones(classes)).floor == (classes - 1) / (2 * n)
+
+
+def average_precision(order):
+    """By its definition, for booleans from the highest score to the lowest."""
+    ranks = [r for r, anomaly in enumerate(order, 1) if anomaly]
+    return sum(mp.mpf(j) / r for j, r in enumerate(ranks, 1)) / len(ranks)
+
+
+@pytest.mark.checks("eq-meg-least", how="exact")
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_the_least_average_precision_by_trying_all_orders(k):
+    n = 7
+    with mp.workdps(30):
+        orders = [[i in places for i in range(n)] for places in itertools.combinations(range(n), k)]
+        least = min(average_precision(order) for order in orders)
+        claimed = mp.fsum(mp.mpf(j) / (n - k + j) for j in range(1, k + 1)) / k
+        assert abs(least - claimed) < mp.mpf(10) ** -25
+        assert claimed > 0
+
+
+@pytest.mark.checks("eq-meg-least", how="symbolic")
+def test_the_limit_of_the_least_average_precision():
+    t, share = sp.symbols("t pi", positive=True)
+    integrand = sp.apart(share * t / (1 - share + share * t), t)
+    limit = sp.integrate(integrand, (t, 0, 1))
+    claimed = 1 + (1 - share) / share * sp.log(1 - share)
+    for value in (sp.Rational(1, 5), sp.Rational(7, 18), sp.Rational(4, 5)):
+        assert abs(sp.N((limit - claimed).subs(share, value), 30)) < 1e-25
+
+
+PUBLISHED = {  # held-out digit: VAE, MEG, chance, least, as in the chapter's table
+    1: (0.063, 0.281, 0.388, 0.226),
+    4: (0.337, 0.401, 0.351, 0.200),
+    5: (0.325, 0.402, 0.331, 0.188),
+    7: (0.148, 0.290, 0.368, 0.212),
+    9: (0.104, 0.342, 0.356, 0.204),
+}
+DIGITS = {1: 7877, 4: 6824, 5: 6313, 7: 7293, 9: 6958}  # of MNIST's 70,000
+
+
+def test_the_published_columns_cannot_share_one_protocol():
+    chapter = (Path(__file__).parents[1] / "book" / "meg.md").read_text(encoding="utf-8")
+    impossible, below_chance = set(), set()
+    for digit, (vae, meg, chance, least) in PUBLISHED.items():
+        row = " | ".join([str(digit), *(f"{v:.3f}".lstrip("0") for v in (vae, meg, chance, least))])
+        assert f"| {row} |" in chapter
+        anomalies, normal = DIGITS[digit], (70_000 - DIGITS[digit]) // 5
+        rank = torch.arange(normal + anomalies)  # the anomalies last
+        found = metrics.detection(-rank.double(), rank >= normal)
+        assert found.prevalence == pytest.approx(chance, abs=6e-4)
+        assert found.least == pytest.approx(least, abs=6e-4)
+        assert found.auprc == pytest.approx(found.least, abs=1e-9) and found.auroc == 0
+        impossible |= {digit} if vae < found.least else set()
+        below_chance |= {digit} if meg < found.prevalence else set()
+    assert impossible == below_chance == {1, 7, 9}
+
+
+def test_the_customary_split_has_these_prevalences():
+    try:
+        images = data.load("mnist")
+    except FileNotFoundError:
+        pytest.skip("MNIST is not here: put it into $GAE_DATA")
+    y = torch.cat([images.y_train, images.y_test])
+    assert {digit: int((y == digit).sum()) for digit in DIGITS} == DIGITS
+
+
+def test_detection_is_scikit_learns_with_ties_and_without():
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 12, (300,), generator=generator).double()
+    anomaly = torch.rand(300, generator=generator) < 0.1 + 0.02 * scores
+    for s in (scores, scores + 1e-3 * torch.randn(300, generator=generator)):
+        found = metrics.detection(s, anomaly)
+        assert found.auroc == pytest.approx(roc_auc_score(anomaly, s), abs=1e-12)
+        assert found.auprc == pytest.approx(average_precision_score(anomaly, s), abs=1e-12)
+        assert found.least <= found.auprc
+    perfect = metrics.detection(anomaly.double(), anomaly)
+    assert perfect.auroc == perfect.auprc == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "anomaly", "message"),
+    [
+        (torch.zeros(3), torch.tensor([True, False]), "must be"),
+        (torch.zeros(2), torch.tensor([1, 0]), "boolean"),
+        (torch.tensor([0.0, math.nan]), torch.tensor([True, False]), "finite"),
+        (torch.zeros(2), torch.tensor([True, True]), "both kinds, got 2 anomalies of 2"),
+    ],
+)
+def test_detection_refuses(scores, anomaly, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.detection(scores, anomaly)
+
+
+def test_quality_of_the_toy_itself_of_its_centres_and_of_noise():
+    toy = studies.scaled(data.toy("twenty_five_gaussians"), studies.SCALE)
+    generator = torch.Generator().manual_seed(0)
+    own = metrics.mode_quality(toy.sample(20_000, generator), toy.modes, toy.std)
+    assert own.modes == 25
+    assert own.high_quality == pytest.approx(1 - math.exp(-4.5), abs=4 * math.sqrt(0.989 * 0.011 / 20_000))
+    assert own.spread == pytest.approx(1, abs=0.02) and own.kl < 2 * 24 / 40_000
+    centres = metrics.mode_quality(toy.modes.repeat(100, 1), toy.modes, toy.std)
+    assert (centres.modes, centres.high_quality, centres.spread, centres.kl) == (25, 1, 0, 0)
+    # Uniform on the square that is half a distance larger than the grid: 25 discs of 25 cells of 40 sigma
+    noise = (torch.rand(2500, 2, generator=generator) - 0.5) * 10 / studies.SCALE
+    found = metrics.mode_quality(noise, toy.modes, toy.std)
+    share = math.pi * 9 / 40**2
+    assert found.high_quality == pytest.approx(share, abs=4 * math.sqrt(share / 2500)) and found.modes >= 23
+    one = metrics.mode_quality(toy.modes[:1].repeat(9, 1), toy.modes, toy.std)
+    assert one.modes == 1 and one.kl == pytest.approx(math.log(25))
+    with pytest.raises(ValueError, match="shapes"):
+        metrics.mode_quality(torch.zeros(3, 3), toy.modes, toy.std)
+    with pytest.raises(ValueError, match="finite"):
+        metrics.mode_quality(torch.full((3, 2), math.nan), toy.modes, toy.std)
+
+
+def test_the_scaled_toy_is_a_density_and_the_grid_resolves_it():
+    toy = studies.scaled(data.toy("twenty_five_gaussians"), studies.SCALE)
+    points, area = studies.grid_of(toy)
+    assert float(toy.log_prob(points).exp().sum() * area) == pytest.approx(1, abs=1e-9)
+
+    class Truth(MEG):
+        def energy_of(self, x):
+            return 3 - toy.log_prob(x)
+
+    model = Truth(nn.Linear(2, 2), nn.Linear(2, 1), 2, surrogate=None)
+    kl, density = studies.toy_density(model, toy)
+    assert abs(kl) < 1e-4, "the constant in the energy cancels"
+    assert float(density.sum() * area) == pytest.approx(1, abs=1e-6)
+
+
+def test_stacked_images_have_the_digits_of_their_class():
+    n = 30
+    x = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 1, 4, 4)
+    y = torch.arange(n) % 10
+    images = data.Images("tens", x, y, x + 100, y)
+    stacked = data.stack(images, 3, train=500, test=40, seed=1)
+    assert stacked.shape == (3, 4, 4) and stacked.name == "stacked_tens" and stacked.x_train.dtype == torch.uint8
+    for part, label, shift in (
+        (stacked.x_train, stacked.y_train, 0),
+        (stacked.x_test, stacked.y_test, 100),
+    ):
+        digits = (part[:, :, 0, 0].long() - shift) % 10
+        assert torch.equal(digits @ torch.tensor([100, 10, 1]), label)
+    assert len(stacked.y_train.unique()) > 300, "channels are drawn each for itself"
+    again = data.stack(images, 3, train=500, test=40, seed=1)
+    assert torch.equal(again.x_train, stacked.x_train)
+    assert not torch.equal(data.stack(images, 3, train=500, test=40, seed=2).x_train, stacked.x_train)
+    with pytest.raises(ValueError, match="grey and of ten classes"):
+        data.stack(stacked, 2, train=5, test=5)
+
+
+# ---- the models ------------------------------------------------------------------------------------------------
+
+
+def model(surrogate="jsd", **options):
+    torch.manual_seed(0)
+    generator, energy = nets.mlp([3, 8, 2]), nets.mlp([2, 8, 1], activation=nn.Softplus)
+    sizes = {"jsd": [5, 8, 1], "reconstruct": [2, 8, 3]}
+    statistics = nets.mlp(sizes[surrogate]) if surrogate else None
+    return MEG(generator, energy, 3, surrogate=surrogate, statistics=statistics, **options).double()
+
+
+def points(n=16):
+    return torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def noise(n=16):
+    return torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+def seeded():
+    return torch.Generator().manual_seed(7)
+
+
+def test_the_energys_loss_is_what_the_equation_says():
+    m, x = model(lam=0.3), points()
+    loss = m.loss(x, player="energy", generator=seeded())
+    assert isinstance(loss, EnergyLoss)
+    fake = m.generator(noise()).detach()
+    slopes = []
+    for row in x:  # one sample at a time
+        row = row.clone().requires_grad_()
+        (g,) = torch.autograd.grad(m.energy(row[None]).squeeze(), row)
+        slopes.append(g @ g)
+    torch.testing.assert_close(loss.penalty, torch.stack(slopes))
+    torch.testing.assert_close(loss.real, m.energy(x)[:, 0])
+    torch.testing.assert_close(loss.fake, m.energy(fake)[:, 0])
+    torch.testing.assert_close(loss.total, loss.real - loss.fake + 0.3 * loss.penalty)
+    # the article's form has U at the code in place of the sample
+    assert not torch.allclose(loss.fake, m.energy(noise()[:, :2])[:, 0])
+
+
+def test_the_generators_loss_with_both_surrogates_and_without():
+    z, m = noise(), model("reconstruct", sigma=0.3, weight=0.7)
+    x = m.generator(z)
+    loss = m.loss(points(), player="generator", generator=seeded())
+    assert isinstance(loss, GeneratorLoss)
+    error = (z - m.statistics(x)).square().sum(1)
+    bound = 1.5 * math.log(2 * math.pi * math.e) - 1.5 * math.log(2 * math.pi * 0.09) - error / (2 * 0.09)
+    torch.testing.assert_close(loss.information, bound)
+    torch.testing.assert_close(loss.energy, m.energy(x)[:, 0])
+    torch.testing.assert_close(loss.total, loss.energy - 0.7 * loss.information)
+
+    m = model("jsd")
+    loss = m.loss(points(), player="generator", generator=seeded())
+    x = m.generator(z)
+    others = [row for row in range(16)]
+    joint = m.statistics(torch.cat([x, z], 1))[:, 0]
+    scores = torch.stack([m.statistics(torch.cat([x, z.roll(s, 0)], 1))[:, 0] for s in others], 1)  # all pairings
+    possible = joint.sigmoid().log()[:, None] + (-scores).sigmoid().log()
+    distance, which = (loss.information[:, None] - possible).abs().min(1)
+    assert distance.max() < 1e-12 and (which != 0).all(), "the code is another row's, whole"
+    assert torch.equal(model(None).loss(points(), player="generator").information, torch.zeros(16).double())
+
+
+@pytest.mark.parametrize("surrogate", ["jsd", "reconstruct", None])
+def test_each_players_step_moves_that_player_alone(surrogate):
+    m = model(surrogate, energy_steps=2, generator_steps=3)
+    assert {name: steps for name, (_, steps) in m.players.items()} == {"energy": 2, "generator": 3}
+    parts = {"energy": [m.energy], "generator": [m.generator, *([m.statistics] if m.statistics else [])]}
+    counted = sum(len(list(group)) for group, _ in m.players.values())
+    assert counted == len(list(m.parameters()))
+    for player in parts:
+        before = {name: p.clone() for name, p in m.named_parameters()}
+        only = m.players[player]
+        m.__class__ = type("One", (MEG,), {"players": property(lambda self, only=only, player=player: {player: only})})
+        train.fit(m, points(), epochs=1, batch_size=16, device="cpu", progress=False)
+        m.__class__ = MEG
+        moved = {name.split(".")[0] for name, p in m.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == ({"energy"} if player == "energy" else {"generator", *(["statistics"] if surrogate else [])})
+
+
+def test_the_samples_in_the_energys_loss_are_held_fixed():
+    m = model()
+    m.loss(points(), player="energy", generator=seeded()).total.mean().backward()
+    assert all(p.grad is None for p in m.generator.parameters())
+    assert all(p.grad is not None for p in m.energy.parameters() if p.ndim > 1)
+
+
+def test_wgan_gp_is_the_published_loss():
+    torch.manual_seed(0)
+    m = WGANGP(nets.mlp([3, 8, 2]), nets.mlp([2, 8, 1], activation=nn.Softplus), 3, lam=10.0).double()
+    x, generator = points(), seeded()
+    loss = m.loss(x, player="energy", generator=seeded())
+    fake = m.generator(torch.randn(16, 3, dtype=torch.float64, generator=generator)).detach()
+    place = torch.rand(16, 1, dtype=torch.float64, generator=generator)
+    between = (place * x + (1 - place) * fake).requires_grad_()
+    (g,) = torch.autograd.grad(m.energy(between).sum(), between)
+    torch.testing.assert_close(loss.penalty, (g.norm(dim=1) - 1).square(), rtol=1e-6, atol=1e-9)
+    critic = -loss.real, -loss.fake
+    torch.testing.assert_close(loss.total, critic[1] - critic[0] + 10 * loss.penalty)
+    assert {name: steps for name, (_, steps) in m.players.items()} == {"energy": 5, "generator": 1}
+
+
+def test_samples_come_from_the_generator_alone():
+    m = model()
+    x = m.sample(5, generator=torch.Generator().manual_seed(1))
+    z = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(x, m.generator(z).detach())
+    assert not x.requires_grad
+
+
+BAD = {
+    "surrogate": (dict(surrogate="mine", statistics=nn.Identity()), "one of jsd, reconstruct, got 'mine'"),
+    "no statistics": (dict(), "statistics must be a module exactly"),
+    "statistics without use": (dict(surrogate=None, statistics=nn.Identity()), "exactly where there is a surrogate"),
+    "lam": (dict(surrogate=None, lam=-1.0), "lam must be at least 0"),
+    "weight": (dict(surrogate=None, weight=0.0), "surrogate=None"),
+    "sigma": (dict(surrogate=None, sigma=0.0), "sigma must be a positive"),
+    "steps": (dict(surrogate=None, energy_steps=0), "steps must be at least 1, got 0 of the energy"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_that_do_not_fit_are_named(name):
+    arguments, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        MEG(nn.Identity(), nn.Identity(), 2, **arguments)
+
+
+def test_players_and_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r'"energy" or "generator", got .critic'):
+        model().loss(points(), player="critic")
+    m = MEG(nets.mlp([3, 2]), nets.mlp([2, 4]), 3, surrogate=None)
+    with pytest.raises(ValueError, match=r"energy must give shape \(16, 1\), got \(16, 4\)"):
+        m.loss(points().float(), player="energy")
+
+
+def test_an_energy_learns_a_gaussian_when_its_generator_keeps_up():
+    """One round Gaussian, no penalty to speak of: the energy's density and the samples are near the data."""
+    torch.manual_seed(0)
+    x = 0.5 + torch.randn(4096, 2, generator=torch.Generator().manual_seed(0))
+    m = MEG(
+        nets.mlp([2, 32, 2], activation=nn.SiLU),
+        nets.mlp([2, 32, 1], activation=nn.SiLU),
+        2,
+        lam=0.01,
+        statistics=nets.mlp([4, 32, 1], activation=nn.SiLU),
+        energy_steps=1,
+        generator_steps=3,
+    )
+    train.fit(m, x, epochs=40, batch_size=256, lr=2e-3, betas=(0.5, 0.9), device="cpu", progress=False)
+    sample = m.sample(2000, generator=torch.Generator().manual_seed(1))
+    assert (sample.mean(0) - 0.5).abs().max() < 0.4
+    centre = m.energy_of(torch.full((1, 2), 0.5)).item()
+    around = m.energy_of(0.5 + 3 * torch.tensor([[1.0, 0.0], [-1, 0], [0, 1], [0, -1]]))
+    assert (around > centre + 0.2).all(), "low at the data, higher three deviations away on every side"
+
+
+@pytest.mark.parametrize("name", ["meg_toy", "meg_toy_plain_ahead", "meg_toy_wgan_gp", "meg_optimum_0.01"])
+def test_studies_of_the_plane_run(name):
+    study = studies.STUDIES[name]
+    json.dumps(study.settings("plane", "short"))
+    assert "epochs" in study.settings("plane", "full")
+    outcome = study.run("plane", "short", 0, torch.device("cpu"))
+    assert all(math.isfinite(v) for v in outcome.metrics.values()) and outcome.parameters > 0
+
+
+def test_the_study_of_a_held_out_digit_runs():
+    study = studies.STUDIES["meg_without_1"]
+    outcome = study.run("digits", "short", 0, torch.device("cpu"))
+    assert 0 <= outcome.metrics["AUROC, energy"] <= 1
+    assert outcome.metrics["least AUPRC"] < outcome.metrics["prevalence"]
+    assert outcome.metrics["least AUPRC"] <= outcome.metrics["AUPRC, slope²"]
+    build = studies.build_images("", (3, 28, 28), "full", 0)
+    assert build.sample(2).shape == (2, 3, 28, 28) and build.energy_of(torch.zeros(2, 3, 28, 28)).shape == (2,)
+
+
+# ---- what the chapter reads from the records --------------------------------------------------------------------
+
+RESULTS = Path(__file__).parents[1] / "book" / "results"
+
+
+def record(name):
+    return json.loads((RESULTS / name / "plane-medium.json").read_text(encoding="utf-8"))["metrics"]
+
+
+def test_the_chapters_reading_of_the_runs_on_25_gaussians():
+    meg, plain, wgan, best = (record(f"meg_{name}") for name in ("toy", "toy_plain", "toy_wgan_gp", "optimum_0.1"))
+    modes, quality = meg["modes of 25"]["by seed"], meg["high quality, %"]["by seed"]
+    assert len(modes) == 3 and sorted(modes)[1:] == [25, 25]
+    assert max(plain["modes of 25"]["by seed"]) == 0
+    assert min(wgan["modes of 25"]["by seed"]) >= 22
+    whole = [q for m, q in zip(modes, quality, strict=True) if m == 25]
+    assert max(wgan["high quality, %"]["by seed"]) < min(whole)
+    optimum = best["slope² at data"]["mean"]
+    for found, slope in zip(modes, meg["slope² at data"]["by seed"], strict=True):
+        assert slope > optimum and (found == 25 or slope > 10 * optimum)
+    assert all(abs(q - best["high quality, %"]["mean"]) < 15 for q in whole)
+    assert min(meg["spread, σ"]["by seed"]) > best["spread, σ"]["mean"]
+    assert min(meg["KL(data | energy)"]["by seed"]) > best["KL(data | energy)"]["mean"] + 1
+
+
+def test_the_chapters_reading_of_the_optimum():
+    for lam in (0.1, 0.01, 0.001, 0.0001):
+        found, best = record(f"meg_optimum_{lam:g}"), studies.penalised_optimum(lam, STD)
+        assert found["high quality, %"]["mean"] == pytest.approx(100 * best.high_quality, abs=0.01)
+        assert found["KL(data | energy)"]["mean"] == pytest.approx(best.kl, abs=1e-4)
