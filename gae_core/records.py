@@ -187,7 +187,7 @@ def table(records: Sequence[dict], rows: Sequence[str] | None = None, *, transpo
     grid += [[row, *(cell(record["metrics"].get(row)) for record in records)] for row in rows]
     head, *body = zip(*grid, strict=True) if transpose else grid
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)
 
 
 def origin(records: Sequence[dict]) -> str:
