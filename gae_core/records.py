@@ -185,6 +185,7 @@ def table(records: Sequence[dict], rows: Sequence[str] | None = None, *, transpo
         raise ValueError(f"rows must be metrics of the records, got {sorted(missing)}; there are {known}")
     grid = [["", *(record["model"].replace("_", " ") for record in records)]]
     grid += [[row, *(cell(record["metrics"].get(row)) for record in records)] for row in rows]
+    grid = [[text.replace("|", "\\|") for text in line] for line in grid]
     head, *body = zip(*grid, strict=True) if transpose else grid
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)

@@ -182,6 +182,8 @@ def test_tables_stand_side_by_side_only_where_they_may(tmp_path):
     both, alone = records.groups(tmp_path, ["b"]).values()
     assert [r["model"] for r in both] == ["b", "a"] and [r["model"] for r in alone] == ["c"]
     assert "| error | – | 2.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.0 |" in records.table(both)
+    barred = both[0] | {"metrics": {"KL(p | q)": records.summary([1.0])}}
+    assert records.table([barred]).splitlines()[-1] == "| KL(p \\| q) | 1.00 |"  # not the end of a cell
     with pytest.raises(ValueError, match="rows must be"):
         records.table(both, ["eror"])
     with pytest.raises(ValueError, match="differ"):
