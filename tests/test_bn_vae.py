@@ -629,4 +629,4 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert values(kept, information)[0] == pytest.approx(3, abs=0.05) and values(kept, "gain from z")[0] > 10
     assert values(kept, "NLL")[0] - values("gamma0.7", "NLL")[0] == pytest.approx(0.25, abs=0.01)
     assert values(kept, "KL")[0] - values(kept, "floor of the KL")[0] == pytest.approx(-0.04, abs=0.01)
-    assert min(runs[kept]["metrics"][smallest]["by seed"]) > 16 * 0.49 / 2
+    assert min(runs[kept]["metrics"][smallest]["by seed"]) > 16 * 0.49 / 2 - 1e-3  # eps
