@@ -188,7 +188,7 @@ def table(records: Sequence[dict], rows: Sequence[str] | None = None, *, transpo
     grid = [[text.replace("|", "\\|") for text in line] for line in grid]
     head, *body = zip(*grid, strict=True) if transpose else grid
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def origin(records: Sequence[dict]) -> str:
