@@ -118,7 +118,7 @@ class MEG(nn.Module):
 
     @property
     def players(self) -> dict[str, tuple[Iterable[nn.Parameter], int]]:
-        """Name -> (parameters, steps a round). The statistics are trained with the generator: both raise the bound."""
+        """Parameters and steps a round of each player; the statistics are the generator's, both raise the bound."""
         statistics = [] if self.statistics is None else list(self.statistics.parameters())
         return {
             "energy": (list(self.energy.parameters()), self.energy_steps),
