@@ -327,7 +327,8 @@ def test_quality_of_the_toy_itself_of_its_centres_and_of_noise():
     noise = (torch.rand(2500, 2, generator=generator) - 0.5) * 10 / studies.SCALE
     found = metrics.mode_quality(noise, toy.modes, toy.std)
     share = math.pi * 9 / 40**2
-    assert found.high_quality == pytest.approx(share, abs=4 * math.sqrt(share / 2500)) and found.modes >= 23
+    assert found.high_quality == pytest.approx(share, abs=4 * math.sqrt(share / 2500))
+    assert found.modes == pytest.approx(25 * (1 - math.exp(-2500 * share / 25)), abs=7)  # 20.7, give or take 1.9
     one = metrics.mode_quality(toy.modes[:1].repeat(9, 1), toy.modes, toy.std)
     assert one.modes == 1 and one.kl == pytest.approx(math.log(25))
     with pytest.raises(ValueError, match="shapes"):
