@@ -1,0 +1,368 @@
+"""The conditional VAE: its bound, what a label is worth, where it can enter, and what a code adds to a completion."""
+
+import json
+import math
+
+import mpmath as mp
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+from helpers import assert_z
+
+from gae_core import nets, records, train
+from gae_core.gaussian import kl_to_standard_normal
+from gae_core.models.cvae import CVAE, Beside, FactorisedNet, LabelPriorVAE, quadrant_mask
+from gae_core.variational import importance_weighted_nll
+
+
+def finite(seed=0, x=4, y=3, z=5):
+    """Finite p(z | y) (y, z), p(x | z, y) (y, z, x) and q(z | x, y) (x, y, z)."""
+    rng = np.random.default_rng(seed)
+    return rng.dirichlet(np.ones(z), y), rng.dirichlet(np.ones(x), (y, z)), rng.dirichlet(np.ones(z), (x, y))
+
+
+@pytest.mark.checks("eq-cvae-elbo", how="exact")
+def test_the_conditional_bound_and_its_gap():
+    prior, decoder, q = finite()
+    for y in range(3):
+        for x in range(4):
+            with mp.workdps(30):
+                p = [mp.mpf(v) for v in prior[y]]
+                likelihood = [mp.mpf(v) for v in decoder[y, :, x]]
+                r = [mp.mpf(v) for v in q[x, y]]
+                evidence = mp.fsum(a * b for a, b in zip(p, likelihood, strict=True))
+                posterior = [a * b / evidence for a, b in zip(p, likelihood, strict=True)]
+
+                def kl(a, b):
+                    return mp.fsum(u * mp.log(u / v) for u, v in zip(a, b, strict=True))
+
+                bound = mp.fsum(u * mp.log(v) for u, v in zip(r, likelihood, strict=True)) - kl(r, p)
+                # q's probabilities sum to 1 to double precision
+                assert abs(mp.log(evidence) - bound - kl(r, posterior)) < 1e-14
+                assert bound < mp.log(evidence)
+
+
+def labelled(seed=0, kind="beside", dim=2, pixels=5, classes=3, **options):
+    torch.manual_seed(seed)
+    if kind == "prior":
+        nets_ = nets.mlp([pixels, 8, 2 * dim]), nets.mlp([dim, 8, pixels])
+        return LabelPriorVAE(*nets_, dim, classes=classes, **options).double()
+    encoder, decoder = nets.mlp([pixels + classes, 8, 2 * dim]), nets.mlp([dim + classes, 8, pixels])
+    return CVAE(Beside(encoder), Beside(decoder), dim, classes=classes, **options).double()
+
+
+def binary(n=6, pixels=5, seed=1):
+    return (torch.rand(n, pixels, generator=torch.Generator().manual_seed(seed)) < 0.5).double()
+
+
+@pytest.mark.checks("eq-cvae-prior-free", how="exact")
+def test_a_prior_that_sees_the_label_is_no_other_model():
+    model = labelled()
+    y = torch.tensor([0, 1, 2, 2, 1, 0])
+    torch.manual_seed(5)
+    prior = nets.mlp([3, 4]).double()
+    with_prior = CVAE(model.encoder, model.decoder, 2, classes=3, prior=prior).double()
+
+    class Moved(torch.nn.Module):
+        """The decoder at m + s z, or the encoder moved back: the same model with the prior N(0, I)."""
+
+        def __init__(self, body, code):
+            super().__init__()
+            self.body, self.code = body, code
+
+        def forward(self, first, h):
+            m, logvar = prior(h).chunk(2, dim=1)
+            if self.code:
+                return self.body(m + (0.5 * logvar).exp() * first, h)
+            mu, own = self.body(first, h).chunk(2, dim=1)
+            return torch.cat([(mu - m) * (-0.5 * logvar).exp(), own - logvar], 1)
+
+    moved = CVAE(Moved(model.encoder, False), Moved(model.decoder, True), 2, classes=3).double()
+    x, eps = binary(), torch.randn(6, 40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for proposal in ("posterior", "prior"):
+        pair = [m.log_weights(x, eps, y, proposal=proposal) for m in (with_prior, moved)]
+        torch.testing.assert_close(*pair)
+    losses = [m.loss(x, y, generator=torch.Generator().manual_seed(3)).total for m in (with_prior, moved)]
+    torch.testing.assert_close(*losses)
+    assert (model.loss(x, y, generator=torch.Generator().manual_seed(3)).total - losses[0]).abs().max() > 0.1
+
+
+def entropy(p):
+    p = p[p > 0]
+    return -(p * np.log(p)).sum()
+
+
+@pytest.mark.checks("eq-cvae-worth", how="exact")
+def test_a_label_is_worth_its_information():
+    rng = np.random.default_rng(0)
+    joint = rng.dirichlet(np.ones(12)).reshape(4, 3)  # p(x, y)
+    conditional, marginal = joint / joint.sum(0), joint.sum(1)
+    worth = (joint * (np.log(conditional) - np.log(marginal)[:, None])).sum()
+    information = entropy(joint.sum(1)) + entropy(joint.sum(0)) - entropy(joint.ravel())
+    assert worth == pytest.approx(information, abs=1e-13)
+    assert 0 < worth < entropy(joint.sum(0)) <= math.log(3)
+    certain = np.kron(np.eye(3), np.array([[0.5], [0.5]])) / 3  # y is a function of x
+    conditional, marginal = certain / certain.sum(0), certain.sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worth = np.nansum(certain * (np.log(conditional) - np.log(marginal)[:, None]))
+    assert worth == pytest.approx(math.log(3))
+
+
+@pytest.mark.checks("eq-cvae-split", how="exact")
+def test_the_divergence_splits_into_three():
+    rng = np.random.default_rng(1)
+    joint = rng.dirichlet(np.ones(12)).reshape(4, 3)
+    _, _, q = finite(2)
+    prior = rng.dirichlet(np.ones(5))
+    kl = (joint[..., None] * q * np.log(q / prior)).sum()
+    given = (joint[..., None] * q).sum(0) / joint.sum(0)[:, None]  # q(z | y)
+    whole = (joint[..., None] * q).sum((0, 1))
+    within = (joint[..., None] * q * np.log(q / given[None])).sum()
+    label = (joint.sum(0)[:, None] * given * np.log(given / whole)).sum()
+    rest = (whole * np.log(whole / prior)).sum()
+    assert kl == pytest.approx(within + label + rest, abs=1e-13)
+    assert min(within, label, rest) > 1e-3 and label < math.log(3)
+
+
+@pytest.mark.checks("eq-cvae-prior-mean", how="exact")
+@pytest.mark.checks("eq-cvae-saving", how="exact")
+def test_the_divergence_from_a_moved_prior_and_its_best_mean():
+    model, y = labelled(kind="prior"), torch.tensor([0, 1, 2, 2, 1, 0])
+    with torch.no_grad():
+        model.prior_network.weight.copy_(torch.tensor([[1.0, -2, 0], [0.5, 0, 3]]))
+    x = binary()
+    (mu, logvar), found = model.posterior(x, y), model.loss(x, y).kl
+    w = model.means[y]
+    torch.testing.assert_close(found, 0.5 * ((mu - w).square() + logvar.exp() - logvar - 1).sum(1))
+    direct = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(w, torch.ones_like(mu))
+    ).sum(1)
+    torch.testing.assert_close(found, direct)
+    best = torch.stack([mu[y == k].mean(0) for k in range(3)])[y]
+    moved = kl_to_standard_normal(mu - best, logvar).mean()
+    torch.testing.assert_close(moved, kl_to_standard_normal(mu, logvar).mean() - 0.5 * best.square().sum(1).mean())
+    other = best + 0.1
+    assert kl_to_standard_normal(mu - other, logvar).mean() > moved
+
+
+@pytest.mark.checks("eq-cvae-overlap", how="statistical")
+@pytest.mark.parametrize("distance", [1.0, 2.0, 4.1])
+def test_no_classifier_passes_the_overlap_of_the_priors(distance):
+    w = torch.zeros(2, 3, dtype=torch.float64)
+    w[1] = torch.tensor([2.0, -1.0, 2.0], dtype=torch.float64) / 3 * distance
+    limit = 1 - 0.5 * math.erfc(distance / 2 / math.sqrt(2))
+    best, other = [], []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.arange(2).repeat(5000)
+        z = w[y] + torch.randn(10_000, 3, generator=generator, dtype=torch.float64)
+        best.append(float((torch.cdist(z, w).argmin(1) == y).double().mean()))
+        other.append(float(((z[:, 0] > w[:, 0].mean()).long() == y).double().mean()))
+    assert_z(torch.tensor(best), limit)
+    assert max(np.mean(other), 0.5) < limit - 0.01
+    if distance == 4.1:
+        assert abs(limit - 0.98) < 5e-4  # the figure in the text
+
+
+@pytest.mark.checks("eq-cvae-importance", how="exact")
+def test_both_kinds_of_weights_have_the_mean_of_the_likelihood():
+    # One code, and a smooth decoder of a single pixel, which can be integrated.
+    torch.manual_seed(0)
+    encoder, decoder = (nets.mlp([4, 8, n], activation=torch.nn.Tanh) for n in (2, 1))
+    model = CVAE(Beside(encoder), Beside(decoder), 1, classes=3).double()
+    x, y = torch.ones(1, 1, dtype=torch.float64), torch.tensor([2])
+    grid = torch.linspace(-9, 9, 4001, dtype=torch.float64)[:, None]
+    h = model.condition(y.expand(len(grid)), grid)
+    with torch.no_grad():
+        likelihood = model.decoder(grid, h).sigmoid()[:, 0]
+        density = (-0.5 * grid[:, 0] ** 2).exp() / math.sqrt(2 * math.pi)
+        exact = float(torch.trapezoid(likelihood * density, grid[:, 0]))
+        for proposal in ("posterior", "prior"):  # the expectation over eps, by the same rule
+            weights = model.log_weights(x, grid[None], y, proposal=proposal).exp()[0]
+            assert float(torch.trapezoid(weights * density, grid[:, 0])) == pytest.approx(exact, abs=1e-9)
+
+
+@pytest.mark.checks("eq-cvae-prior-excess", how="symbolic")
+def test_the_excess_is_a_chi_squared_divergence():
+    z, s = sp.symbols("z s", positive=True)
+    t = sp.symbols("t", real=True)
+    # p(z) = N(0, 1), p(x | z) such that the posterior is N(0, s²): w = p(x) p(z | x) / p(z) under z from p(z).
+    posterior = sp.exp(-(t**2) / (2 * s**2)) / (s * sp.sqrt(2 * sp.pi))
+    prior = sp.exp(-(t**2) / 2) / sp.sqrt(2 * sp.pi)
+    ratio = sp.simplify(posterior**2 / prior)
+    value = sp.integrate(ratio.subs(s, sp.Rational(1, 10)), (t, -sp.oo, sp.oo))
+    assert sp.simplify(value - 1 / (sp.Rational(1, 10) * sp.sqrt(2 - sp.Rational(1, 100)))) == 0
+    p = sp.symbols("p", positive=True)  # p(x)
+    mean_square = p**2 * sp.Symbol("E")  # E w² = p² ∫ posterior² / prior
+    assert sp.simplify((mean_square - p**2) / (2 * z * p**2) - (sp.Symbol("E") - 1) / (2 * z)) == 0
+    assert abs(float(value) - 1 - 6.1) < 0.02 and abs((float(value) - 1) / 0.2 - 30) < 1  # the exercise
+
+
+@pytest.mark.checks("eq-cvae-prior-excess", how="statistical")
+def test_the_excess_of_an_estimate_by_draws_from_the_prior():
+    # Weights with known moments: z from N(0, 1), posterior N(0, s²), p(x) = 1.
+    s, draws = 0.7, 200
+    chi2 = 1 / (s * math.sqrt(2 - s**2)) - 1
+    excess = []
+    for seed in range(40):
+        z = torch.randn(4000, draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        log_w = -(z**2) / (2 * s**2) - math.log(s) + z**2 / 2
+        excess.append(float((math.log(draws) - log_w.logsumexp(1)).mean()))
+    assert_z(torch.tensor(excess), chi2 / (2 * draws), bound=5.0)  # to first order: the next is below a tenth of it
+
+
+@pytest.mark.checks("eq-cvae-total-correlation", how="exact")
+def test_the_best_product_misses_the_total_correlation():
+    rng = np.random.default_rng(3)
+    joint = rng.dirichlet(np.full(8, 0.3)).reshape(2, 2, 2)  # three pixels, given some y
+    marginals = [joint.sum(axis=tuple(j for j in range(3) if j != i)) for i in range(3)]
+    product = np.einsum("a,b,c->abc", *marginals)
+    loss = -(joint * np.log(product)).sum()
+    correlation = sum(map(entropy, marginals)) - entropy(joint.ravel())
+    assert loss == pytest.approx(entropy(joint.ravel()) + correlation, abs=1e-13) and correlation > 0.05
+    for _ in range(20):
+        others = [0.95 * m + 0.05 * rng.dirichlet(np.ones(2)) for m in marginals]
+        assert -(joint * np.log(np.einsum("a,b,c->abc", *others))).sum() > loss
+    stroke = entropy(np.array([0.5, 0.5]))
+    assert 10 * stroke - stroke == pytest.approx(6.2, abs=0.05)  # the exercise
+
+
+# The models.
+
+
+def test_a_conditional_likelihood_by_importance_weights():
+    model, x, y = labelled(), binary(), torch.tensor([0, 1, 2, 2, 1, 0])
+    exact = importance_weighted_nll(model, x, y, samples=200_000, generator=torch.Generator().manual_seed(0))
+    for proposal in ("posterior", "prior"):
+        runs = torch.stack(
+            [
+                importance_weighted_nll(
+                    model, x, y, samples=400, proposal=proposal, generator=torch.Generator().manual_seed(s)
+                )
+                for s in range(1, 13)
+            ]
+        )
+        assert ((runs.mean(0) - exact).abs() < 0.05).all()
+    few = importance_weighted_nll(model, x, y, samples=1, generator=torch.Generator().manual_seed(0))
+    assert few.mean() > exact.mean() - 0.2
+    with pytest.raises(ValueError, match="y must have one row"):
+        importance_weighted_nll(model, x, y[:3])
+    with pytest.raises(ValueError, match="proposal must be"):
+        model.log_weights(x, torch.randn(6, 2, 2, dtype=torch.float64), y, proposal="uniform")
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (None, "y must be given"),
+        (torch.tensor([0, 1, 3, 0, 0, 0]), "labels 0 to 2, got 0 to 3"),
+        (torch.tensor([0, -1, 1, 0, 0, 0]), "labels 0 to 2, got -1 to 1"),
+        (torch.zeros(6), "integer labels"),
+        (torch.zeros(6, 3, dtype=torch.long), "integer labels of shape"),
+        (torch.zeros(5, dtype=torch.long), "integer labels of shape"),
+    ],
+)
+def test_bad_labels_are_named(y, message):
+    for model in (labelled(), labelled(kind="prior")):
+        with pytest.raises(ValueError, match=message):
+            model.loss(binary(), y)
+
+
+def test_vectors_as_conditions_are_checked():
+    torch.manual_seed(0)
+    model = CVAE(Beside(nets.mlp([5 + 4, 4])), Beside(nets.mlp([2 + 4, 5])), 2).double()
+    assert model.loss(binary(), torch.rand(6, 4, dtype=torch.float64)).total.shape == (6,)
+    with pytest.raises(ValueError, match="y must be floats"):
+        model.loss(binary(), torch.zeros(6, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="y must be floats"):
+        model.loss(binary(), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="classes must be at least 1"):
+        labelled(classes=0)
+
+
+def test_grey_pixels_have_no_likelihood_and_are_binarised_if_asked():
+    y = torch.zeros(6, dtype=torch.long)
+    with pytest.raises(ValueError, match="entries 0 and 1"):
+        importance_weighted_nll(labelled(), 0.5 * binary(), y)
+    drawn = labelled(binarise=True)
+    grey = torch.full((4000, 5), 0.3, dtype=torch.float64)
+    labels = torch.zeros(4000, dtype=torch.long)
+    found = drawn.loss(grey, labels, generator=torch.Generator().manual_seed(0)).total
+    plain = labelled().loss(grey, labels, generator=torch.Generator().manual_seed(0)).total
+    assert found.std() > 1.5 * plain.std()  # each image is another draw
+
+
+def test_one_image_and_its_style():
+    model, x = labelled(), binary(1)
+    for y in range(3):
+        assert model(x, torch.tensor([y])).shape == x.shape
+    code = model.encode(x, torch.tensor([1]))
+    shown = [model.decode(code, torch.tensor([k])) for k in range(3)]
+    assert (shown[0] - shown[1]).abs().max() > 1e-3  # the same code, another label
+    y = torch.tensor([2, 0, 1])
+    first, again = (model.sample(3, y, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    torch.testing.assert_close(first, again)
+    assert first.shape == (3, 5) and not first.requires_grad
+
+
+def test_the_network_without_a_code():
+    torch.manual_seed(0)
+    network = FactorisedNet(nets.mlp([4, 5])).double()
+    y, x = torch.rand(6, 4, dtype=torch.float64), binary()
+    mean = network(y)
+    torch.testing.assert_close(network.loss(x, y).total, -(x * mean.log() + (1 - x) * (1 - mean).log()).sum(1))
+    with pytest.raises(ValueError, match="y must be given"):
+        network.loss(x)
+    with pytest.raises(ValueError, match="must give the shape of x"):
+        network.loss(x[:, :3], y)
+
+
+def test_quadrants_cover_the_image():
+    names = ("top left", "top right", "bottom left", "bottom right")
+    masks = torch.stack([quadrant_mask(4, 6, [name]) for name in names])
+    assert masks.sum(0).eq(1).all() and masks.sum((1, 2)).eq(6).all()
+    assert masks[2][3, 0] and masks[1][0, 5]
+    assert quadrant_mask(4, 6, names[:3]).equal(masks[:3].any(0))
+    for bad in (["left"], [], list(names)):
+        with pytest.raises(ValueError, match="observed must be one to three"):
+            quadrant_mask(4, 6, bad)
+    with pytest.raises(ValueError, match="must be even"):
+        quadrant_mask(5, 6, ["top left"])
+
+
+def test_the_label_is_learned_and_the_prior_moves():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (600,), generator=generator)
+    x = (torch.rand(600, 5, generator=generator) < torch.eye(5)[y] * 0.8 + 0.1).float()
+    for kind in ("beside", "prior"):
+        model = labelled(kind=kind).float()
+        history = train.fit(model, x, y, epochs=60, batch_size=60, lr=1e-2, device="cpu", progress=False)
+        assert history["total"][-20:].mean() < history["total"][:5].mean() - 0.3
+    drawn = labelled().float()
+    train.fit(drawn, x, y, epochs=60, batch_size=60, lr=1e-2, device="cpu", progress=False)
+    asked = torch.arange(3).repeat(200)
+    means = drawn.sample(600, asked, generator=torch.Generator().manual_seed(0))
+    for k in range(3):
+        assert means[asked == k].mean(0).argmax() == k
+    assert model.means.norm(dim=1).max() > 0.1  # of the model with the label in the prior
+
+
+def test_the_chapters_reading_of_the_recorded_runs():
+    """The sentences under the tables of the chapter."""
+    found = {}
+    for name in ("completion_1", "completion_2", "completion_3", "cvae", "cvae_prior_mean"):
+        path = records.RESULTS / name / "mnist-medium.json"
+        found[name] = {key: value["mean"] for key, value in json.loads(path.read_text())["metrics"].items()}
+    gains = [found[f"completion_{k}"]["gain of the code"] for k in (1, 2, 3)]
+    assert gains[0] > 28 and gains[1] > 10 and gains[2] > 1 and gains[0] > gains[1] > gains[2]
+    for k in (1, 2, 3):
+        values = found[f"completion_{k}"]
+        assert values["NLL, importance weighted"] < values["negative bound"] < values["NLL without a code"]
+        assert values["NLL, by draws from the prior"] > values["NLL, importance weighted"]
+    both, prior = found["cvae"], found["cvae_prior_mean"]
+    assert both["share of the label asked for"] > 0.98 > prior["share of the label asked for"]
+    assert both["diversity over that of reconstructions"] > 0.95
+    assert both["diversity"] < 0.8 * both["diversity of data"]
+    learned, real = (both[f"accuracy trained on {k}"] for k in ("samples", "as many real images"))
+    assert 0.88 < learned < 0.95 < real
