@@ -204,7 +204,9 @@ with tempfile.TemporaryDirectory() as folder:
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines))
     english = text.load_sentences(path)
-print(f"{len(english.train)} + {len(english.test)} sentences, {len(english.vocabulary)} tokens, {english.left_out} left out")
+print(
+    f"{len(english.train)} + {len(english.test)} sentences, {len(english.vocabulary)} tokens, {english.left_out} left out"
+)
 torch.manual_seed(SEED)
 model = build(len(english.vocabulary), FixedScaleBatchNorm(DIM, 0.7))
 train.fit(model, english.train, epochs=6 if SIZE == "short" else 20, seed=SEED, **recipe)
@@ -241,7 +243,9 @@ def draw_sentences(ax, tokens, labels, vocabulary):
 # %% mystnb={"figure": {"name": "fig-bn_vae_text-interpolation", "caption": "Sentences on the line between two codes, and along one coordinate."}, "image": {"alt": "Two tables of seven sentences, a row each. Above: from a captain who steers a ship to a cook who bakes a pie, in whole sentences on the way. Below: along one coordinate the sentence changes from one about bread to one about a ship."}}
 with torch.no_grad():
     mu = model.encode(english.test.to(device))
-about_ships = torch.tensor([bool(ships & set(words)) for words in english.vocabulary.decode(english.test)], device=device)
+about_ships = torch.tensor(
+    [bool(ships & set(words)) for words in english.vocabulary.decode(english.test)], device=device
+)
 start, end = mu[about_ships][0], mu[~about_ships][0]
 steps = torch.linspace(0, 1, 7, device=device)[:, None]
 line = start + steps * (end - start)
