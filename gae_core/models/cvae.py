@@ -176,7 +176,6 @@ class CVAE(VAE):
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
         """Loss on a batch with one z for each x, its noise from ``generator``."""
         x = self._binarised(x, generator)
-        x = self._binarised(x, generator)
         (mu, logvar), (m, s) = self.posterior(x, y), self.prior(y, x)
         z = mu + (0.5 * logvar).exp() * parallel.randn_like(mu, generator=generator)
         # The divergence of two Gaussians does not change when both are shifted and scaled so that the prior is N(0, I).
