@@ -1,6 +1,9 @@
-"""Densities fitted to codes after training, to sample from (ex-post density estimation)."""
+"""Sampling of codes: densities fitted to them after training, and Markov chains that follow an energy."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
@@ -76,3 +79,303 @@ def fit_gaussian_mixture(z: Tensor, n_components: int = 1, *, seed: int = 0) -> 
         fit = Fit(n_components, max_iter=1000, reg_covar=floor, random_state=seed).fit(z.double().cpu().numpy())
         weights, means, covariances = (torch.from_numpy(a).to(z) for a in (fit.weights_, fit.means_, fit.covariances_))
     return GaussianMixture(weights, means, torch.linalg.cholesky(covariances))
+
+
+Energy = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Chains:
+    """What a sampler returns: samples of many chains, and what tells whether to believe them.
+
+    Attributes:
+        samples: kept states, (kept, chains, dim).
+        energy: their energies in nats, (kept, chains).
+        acceptance: share of accepted proposals of each chain after the warm-up, (chains,); 1 where nothing is refused.
+        step_size: the step, after the warm-up.
+    """
+
+    samples: Tensor
+    energy: Tensor
+    acceptance: Tensor
+    step_size: float
+
+    @cached_property
+    def ess(self) -> Tensor:
+        """Effective sample size of all chains together, for the mean of each coordinate, (dim,)."""
+        return effective_sample_size(self.samples)
+
+    @cached_property
+    def r_hat(self) -> Tensor:
+        """Split R-hat of each coordinate, (dim,)."""
+        return split_rhat(self.samples)
+
+
+def langevin(
+    energy: Energy,
+    z0: Tensor,
+    *,
+    step_size: float,
+    n_steps: int,
+    warmup: int = 0,
+    thin: int = 1,
+    limit: float = 1e4,
+    generator: Generator | None = None,
+) -> Chains:
+    r"""Unadjusted Langevin steps, for many chains at once.
+
+    .. math:: z' = z - \tfrac\varepsilon2 \nabla U(z) + \sqrt\varepsilon\, \xi, \qquad \xi \sim N(0, I)
+
+    Implements ``def-latent_mcmc-ula``. The chain does not converge to e^{-U}: its variances are too large, by the
+    factor 1 / (1 - eps a / 4) for a Gaussian of precision a (``eq-latent_mcmc-ula``), and it runs away where eps a > 4.
+
+    Args:
+        energy: U, maps (chains, dim) to (chains,), in nats, row by row: a network in evaluation mode.
+        z0: where the chains start, (chains, dim), floating.
+        step_size: eps, a squared length. Half of it is the step of implementations that write sqrt(2 tau) xi.
+        n_steps: steps after the warm-up, of one gradient each.
+        warmup: steps before the first that counts.
+        thin: every thin-th state is kept.
+        limit: a chain with a larger coordinate has run away.
+        generator: of the noise, on any device.
+
+    Raises:
+        ValueError: for a number that makes no sense, a start of another shape, or an energy that has another shape, is
+            not finite, or has no finite gradient.
+        FloatingPointError: if a chain runs away.
+    """
+    return _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, adjust=False, target=None)
+
+
+def mala(
+    energy: Energy,
+    z0: Tensor,
+    *,
+    step_size: float,
+    n_steps: int,
+    warmup: int = 0,
+    thin: int = 1,
+    target_acceptance: float | None = 0.574,
+    limit: float = 1e4,
+    generator: Generator | None = None,
+) -> Chains:
+    r"""Langevin steps that are accepted or refused, so that e^{-U} is stationary whatever the step (MALA).
+
+    .. math:: \log\alpha = U(z) - U(z') + \tfrac12\|\xi\|^2
+       - \frac{1}{2\varepsilon}\bigl\|z - z' + \tfrac\varepsilon2\nabla U(z')\bigr\|^2
+
+    Implements ``eq-latent_mcmc-ratio`` for the proposal of :func:`langevin`, with one gradient a step. In the warm-up
+    the step goes where the mean acceptance is ``target_acceptance``, by Robbins and Monro's recursion on its logarithm
+    (``def-latent_mcmc-robbins-monro``); afterwards it is fixed. One step serves all chains.
+
+    Args:
+        energy: U, maps (chains, dim) to (chains,), in nats, row by row: a network in evaluation mode. It may be +inf:
+            no chain goes there.
+        z0: where the chains start, (chains, dim), floating, at finite energy.
+        step_size: eps, a squared length; with a warm-up, where the search starts.
+        n_steps: steps after the warm-up, of one gradient each.
+        warmup: steps before the first that counts.
+        thin: every thin-th state is kept.
+        target_acceptance: 0.574 is best for smooth targets in many dimensions; None leaves the step as it is.
+        limit: a chain with a larger coordinate has run away.
+        generator: of the noise, on any device.
+
+    Raises:
+        ValueError: for a number that makes no sense, a start of another shape, or an energy that has another shape, is
+            NaN or -inf, or has no finite gradient where it is finite.
+        FloatingPointError: if a chain runs away, as it does when e^{-U} has no finite integral.
+
+    Source: Roberts and Tweedie, *Exponential convergence of Langevin distributions*, Bernoulli 1996; the acceptance,
+    Roberts and Rosenthal, JRSS B 1998.
+    """
+    if target_acceptance is not None and not 0 < target_acceptance < 1:
+        raise ValueError(f"target_acceptance must be between 0 and 1, or None, got {target_acceptance}")
+    return _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, adjust=True, target=target_acceptance)
+
+
+@torch.no_grad()
+def _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, *, adjust, target) -> Chains:
+    if not (math.isfinite(step_size) and step_size > 0):
+        raise ValueError(f"step_size must be a positive number, got {step_size}")
+    if thin < 1 or n_steps < thin or warmup < 0:
+        raise ValueError(
+            f"thin must be at least 1, n_steps at least thin, warmup not negative, "
+            f"got thin={thin}, n_steps={n_steps}, warmup={warmup}"
+        )
+    if z0.ndim != 2 or 0 in z0.shape or not z0.is_floating_point() or not torch.isfinite(z0).all():
+        raise ValueError(
+            f"z0 must be finite and floating, of shape (chains, dim), got {tuple(z0.shape)} of {z0.dtype}, or NaN in it"
+        )
+    source = z0.device if generator is None else generator.device
+    z = z0.detach().clone()
+    u, g = _value_and_gradient(energy, z, 0, infinite=False)
+    eps = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
+    log_eps, mean_log_eps = eps.log(), torch.zeros_like(eps)
+    tail = max(1, warmup // 2)  # the fixed step is the geometric mean over this many last steps of the warm-up
+    samples = z.new_empty(n_steps // thin, *z.shape)
+    energies, accepted = u.new_empty(n_steps // thin, len(z)), u.new_zeros(len(z))
+    for step in range(1 - warmup, n_steps + 1):
+        xi = torch.randn(z.shape, generator=generator, device=source, dtype=z.dtype).to(z.device)
+        proposal = z - 0.5 * eps * g + eps.sqrt() * xi
+        if not adjust:
+            _check_limit(proposal, limit, step + warmup)
+            z, (u, g) = proposal, _value_and_gradient(energy, proposal, step + warmup, infinite=False)
+        else:
+            u1, g1 = _value_and_gradient(energy, proposal, step + warmup, infinite=True)
+            back = (z - proposal + 0.5 * eps * g1).square().sum(1)
+            log_alpha = u - u1 + 0.5 * xi.square().sum(1) - back / (2 * eps)
+            log_alpha = torch.where(u1 == math.inf, -math.inf, log_alpha)
+            uniform = torch.rand(len(z), generator=generator, device=source, dtype=z.dtype).to(z.device)
+            accept = uniform.log() < log_alpha
+            z, g = torch.where(accept[:, None], proposal, z), torch.where(accept[:, None], g1, g)
+            u = torch.where(accept, u1, u)
+            _check_limit(z, limit, step + warmup)
+            if step > 0:
+                accepted += accept
+            elif target is not None:
+                gain = (step + warmup) ** -0.6 / (target * (1 - target))
+                log_eps += gain * (log_alpha.clamp(max=0).exp().mean() - target)
+                mean_log_eps += log_eps / tail if step > -tail else 0
+                eps = (mean_log_eps if step == 0 else log_eps).exp()
+        if step > 0 and step % thin == 0:
+            samples[step // thin - 1], energies[step // thin - 1] = z, u
+    return Chains(samples, energies, accepted / n_steps if adjust else torch.ones_like(u), float(eps))
+
+
+def _value_and_gradient(energy: Energy, z: Tensor, step: int, *, infinite: bool) -> tuple[Tensor, Tensor]:
+    """U and its gradient at z; ValueError unless both are finite, or U is +inf where that is allowed."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        u = energy(z)
+        if u.shape != (len(z),):
+            raise ValueError(f"energy must map {tuple(z.shape)} to ({len(z)},), got {tuple(u.shape)}")
+        (g,) = torch.autograd.grad(u.sum(), z)
+    u = u.detach()
+    if not math.isfinite(float(u.sum() + g.sum())):  # one look at the device in most steps
+        outside = (u == math.inf) if infinite else torch.zeros_like(u, dtype=torch.bool)
+        bad = ~(torch.isfinite(u) & torch.isfinite(g).all(1)) & ~outside
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"energy must be finite with a finite gradient, got U = {float(u[row])} with gradient "
+                f"{g[row].tolist()[:4]} in chain {row} at step {step} ({int(bad.sum())} of {len(z)} chains)"
+            )
+    return u, g
+
+
+def _check_limit(z: Tensor, limit: float, step: int) -> None:
+    largest = float(z.abs().amax())
+    if not largest <= limit:
+        raise FloatingPointError(
+            f"a chain has run away: a coordinate of {largest:.3g} at step {step}, beyond limit={limit:.3g}. Either the "
+            f"energy does not hold it (e^-U needs a finite integral: add a prior term), or step_size is too large"
+        )
+
+
+def _halves(samples: Tensor) -> Tensor:
+    """Each chain as two, (kept // 2, 2 * chains, dim); ValueError if there is nothing to compare."""
+    if samples.ndim != 3 or len(samples) < 8 or 0 in samples.shape or not torch.isfinite(samples).all():
+        raise ValueError(
+            f"samples must be finite, of shape (kept >= 8, chains, dim), got {tuple(samples.shape)} or NaN in it"
+        )
+    half = len(samples) // 2
+    parts = torch.cat([samples[:half], samples[-half:]], 1).double()
+    if (parts.var(0).mean(0) == 0).any():
+        raise ValueError("samples must vary: in some coordinate no chain has moved, so there is nothing to judge")
+    return parts
+
+
+def split_rhat(samples: Tensor) -> Tensor:
+    r"""Gelman and Rubin's factor with each chain split into halves, (dim,).
+
+    .. math:: \hat R = \sqrt{\frac{n - 1}{n} + \frac{B}{W}}
+
+    Implements ``def-latent_mcmc-rhat``: W is the mean variance within the halves, of n samples each, B the variance of
+    their means. It is near 1 for chains that forgot their start, and larger for chains in different places or still
+    on their way. Near 1 proves nothing if no chain has seen a mode.
+
+    Args:
+        samples: (kept >= 8, chains, dim).
+
+    Raises:
+        ValueError: for another shape, samples that are not finite, or a coordinate in which no chain has moved.
+    """
+    parts = _halves(samples)
+    n = len(parts)
+    return ((n - 1) / n + parts.mean(0).var(0) / parts.var(0).mean(0)).sqrt()
+
+
+def effective_sample_size(samples: Tensor) -> Tensor:
+    r"""Number of independent samples whose mean is as precise, all chains together, (dim,).
+
+    .. math:: \frac{M n}{1 + 2\sum_t \rho_t}
+
+    Implements ``def-latent_mcmc-ess``, with autocorrelations from the halves of the chains (M halves of n samples),
+    summed by Geyer's initial monotone sequence. Chains that disagree have a small one.
+
+    Args:
+        samples: (kept >= 8, chains, dim).
+
+    Raises:
+        ValueError: for another shape, samples that are not finite, or a coordinate in which no chain has moved.
+
+    Source: Geyer, *Practical Markov chain Monte Carlo*, 1992; for several chains, Gelman et al., *Bayesian Data
+    Analysis*, 3rd edition, section 11.5.
+    """
+    parts = _halves(samples)
+    n, m, _ = parts.shape
+    spectrum = torch.fft.rfft(parts - parts.mean(0), n=2 * n, dim=0)
+    covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * n, dim=0)[:n].mean(1) / n  # (n, dim)
+    within = covariance[0] * n / (n - 1)
+    total = covariance[0] + parts.mean(0).var(0)
+    rho = 1 - (within - covariance) / total
+    rho[0] = 1
+    pairs = rho[: n // 2 * 2].reshape(n // 2, 2, -1).sum(1)  # positive and falling for a reversible chain
+    positive = (pairs > 0).cumprod(0)
+    tau = 2 * (pairs.cummin(0).values * positive).sum(0) - 1
+    return m * n / tau.clamp(min=1 / math.log10(m * n))
+
+
+def latent_energy(energy: Energy, decode: Callable[[Tensor], Tensor], *, term: str) -> Energy:
+    r"""The energy of codes z for an energy U of data x = G(z).
+
+    - ``"jacobian"``: :math:`U(G(z)) - \tfrac12\log\det J^\top J`. Then G(z) has the density e^{-U}
+      (``eq-latent_mcmc-pullback``), or where x has more coordinates than z, that density along the surface, by area.
+    - ``"prior"``: :math:`U(G(z)) + \tfrac12\|z\|^2`. Then G(z) has the density p_G e^{-U}, where p_G is that of the
+      generator (``eq-latent_mcmc-residual``): right if U is a residual energy, minus the log-ratio of data to p_G.
+    - ``"none"``: U(G(z)). G(z) has neither density, and for a bounded generator the codes have none at all.
+
+    Args:
+        energy: U, maps (chains, ...) to (chains,).
+        decode: G, maps (chains, dim) to (chains, ...), row by row, in evaluation mode. For ``"jacobian"`` with two
+            derivatives, and at least dim numbers a row; it costs dim forward passes a step.
+        term: one of the three.
+
+    Raises:
+        ValueError: for another term, or, when called, for a generator that gives fewer numbers than it takes.
+    """
+    if term not in ("jacobian", "prior", "none"):
+        raise ValueError(f"term must be 'jacobian', 'prior' or 'none', got {term!r}")
+
+    def of_codes(z: Tensor) -> Tensor:
+        u = energy(decode(z))
+        if term == "prior":
+            return u + 0.5 * z.square().sum(1)
+        if term == "jacobian":
+            with torch.enable_grad():
+                columns = [
+                    torch.autograd.functional.jvp(decode, z, direction.expand_as(z), create_graph=True)[1].flatten(1)
+                    for direction in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+                ]
+            jacobian = torch.stack(columns, 2)  # (chains, numbers of a row, dim)
+            rows, columns = jacobian.shape[1:]
+            if rows < columns:
+                raise ValueError(
+                    f"decode must give at least {columns} numbers a row for {columns} coordinates, got {rows}"
+                )
+            square = rows == columns
+            log_det = torch.linalg.slogdet(jacobian if square else jacobian.mT @ jacobian).logabsdet
+            return u - (log_det if square else 0.5 * log_det)
+        return u
+
+    return of_codes

@@ -1,4 +1,4 @@
-"""Gaussian mixtures fitted to codes: densities against torch and SciPy, moments of samples, what EM must find."""
+"""Mixtures fitted to codes against torch and SciPy; Langevin and MALA chains against closed forms and quadrature."""
 
 import itertools
 import math
@@ -10,7 +10,16 @@ from helpers import assert_z
 from scipy.stats import multivariate_normal
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from gae_core.sampling import GaussianMixture, fit_gaussian_mixture
+from gae_core.energy import log_normalizer_2d
+from gae_core.sampling import (
+    GaussianMixture,
+    effective_sample_size,
+    fit_gaussian_mixture,
+    langevin,
+    latent_energy,
+    mala,
+    split_rhat,
+)
 
 
 def generator(seed=0):
@@ -208,3 +217,309 @@ def test_codes_on_a_subspace_are_refused_whatever_the_rounding(components, dtype
 def test_strongly_correlated_codes_are_accepted():
     z = normal(200, 1) + 0.01 * normal(200, 5, seed=1)
     assert torch.isfinite(fit_gaussian_mixture(z.float()).log_prob(z.float())).all()
+
+
+def quadratic(z):
+    return 0.5 * z.square().sum(1)
+
+
+def double_well(z):
+    return (z[:, 0] ** 2 - 1) ** 2 + (z[:, 1] - 0.5 * z[:, 0]) ** 2
+
+
+def grid(spacing=1.6, std=0.5):
+    """Minus the log-density of 25 Gaussians on a grid, of unequal weights: 1 to 25 over their sum."""
+    axis = spacing * torch.arange(-2, 3, dtype=torch.float64)
+    means = torch.cartesian_prod(axis, axis)
+    log_weights = (torch.arange(1, 26, dtype=torch.float64) / 325).log()
+
+    def energy(z):
+        return quadratic(z) / std**2 - torch.logsumexp(log_weights + (z @ means.T - quadratic(means)) / std**2, dim=1)
+
+    return energy
+
+
+@pytest.mark.parametrize("d", [2, 16])
+@pytest.mark.parametrize("eps", [0.2, 0.5, 1.0])
+def test_mala_samples_the_standard_normal_for_every_step(d, eps):
+    """Chains start too narrow and forget it in the warm-up; each gives one replicate."""
+    run = mala(
+        quadratic,
+        0.3 * normal(400, d, seed=1),
+        step_size=eps,
+        n_steps=400,
+        warmup=int(40 / eps),
+        target_acceptance=None,
+        generator=generator(2),
+    )
+    assert run.step_size == pytest.approx(eps)
+    assert_z(run.samples.square().mean((0, 2)).numpy(), 1.0, bound=3.0)
+    assert_z(run.samples.mean((0, 2)).numpy(), 0.0, bound=3.0)
+
+
+@pytest.mark.parametrize(("energy", "spread", "eps"), [(double_well, 0.5, 0.35), (grid(), 3.0, 0.3)])
+def test_mala_in_the_plane_has_the_moments_of_quadrature(energy, spread, eps):
+    """In the double well chains start near the middle: from |x| > 2.5 they would freeze (eq-latent_mcmc-frozen)."""
+    density = log_normalizer_2d(energy, -7, 7, 420)  # 1 is an edge of cells
+    weights = density.log_density.exp() * density.area
+    assert density.edge < 1e-12 and float(weights.sum()) == pytest.approx(1, abs=1e-10)
+    run = mala(
+        energy,
+        spread * normal(300, 2, seed=3),
+        step_size=eps,
+        n_steps=1000,
+        warmup=500,
+        target_acceptance=None,
+        thin=5,
+        generator=generator(4),
+    )
+    for moment in (
+        lambda z: z[..., 0],
+        lambda z: z[..., 1],
+        lambda z: z[..., 0] ** 2,
+        lambda z: z[..., 1] ** 2,
+        lambda z: z[..., 0] * z[..., 1],
+        lambda z: z[..., 0] ** 4,
+        lambda z: (z[..., 0] > 1).double(),
+    ):
+        assert_z(moment(run.samples).mean(0).numpy(), float((weights * moment(density.x)).sum()))
+    assert_z(run.energy.mean(0).numpy(), float((weights * energy(density.x)).sum()))
+
+
+def test_an_energy_of_infinity_is_a_wall():
+    """A half normal: chains stay on their side, with mean sqrt(2 / pi) and second moment 1."""
+
+    def wall(z):
+        return torch.where(z[:, 0] > 0, quadratic(z), math.inf)
+
+    run = mala(wall, normal(500, 1).abs(), step_size=0.7, n_steps=500, warmup=100, generator=generator(5))
+    assert (run.samples > 0).all()
+    assert_z(run.samples[..., 0].mean(0).numpy(), math.sqrt(2 / math.pi))
+    assert_z(run.samples[..., 0].square().mean(0).numpy(), 1.0)
+
+
+@pytest.mark.parametrize("start", [0.003, 60.0])
+def test_the_warm_up_finds_the_wanted_acceptance(start):
+    run = mala(quadratic, normal(256, 16), step_size=start, n_steps=200, warmup=300, generator=generator(6))
+    assert float(run.acceptance.mean()) == pytest.approx(0.574, abs=0.02)
+    assert run.step_size == pytest.approx(1.08, abs=0.05)  # 2.72 / 16 ** (1 / 3), eq-latent_mcmc-optimum
+    lower = mala(
+        quadratic,
+        normal(256, 16),
+        step_size=start,
+        n_steps=200,
+        warmup=300,
+        target_acceptance=0.9,
+        generator=generator(6),
+    )
+    assert float(lower.acceptance.mean()) == pytest.approx(0.9, abs=0.02)
+
+
+def test_one_gradient_a_step():
+    calls = []
+
+    def counted(z):
+        calls.append(len(z))
+        return quadratic(z)
+
+    for sampler in (langevin, mala):
+        calls.clear()
+        sampler(counted, normal(7, 3), step_size=0.1, n_steps=20, warmup=10)
+        assert calls == [7] * 31  # and one at the start
+
+
+@pytest.mark.parametrize("sampler", [langevin, mala])
+def test_chains_have_the_promised_shapes_and_repeat(sampler):
+    def run(seed):
+        return sampler(quadratic, normal(6, 3), step_size=0.2, n_steps=95, warmup=4, thin=10, generator=generator(seed))
+
+    before = torch.random.get_rng_state()
+    a, b = run(0), run(0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert a.samples.shape == (9, 6, 3) and a.energy.shape == (9, 6) and a.acceptance.shape == (6,)
+    assert a.ess.shape == a.r_hat.shape == (3,)
+    torch.testing.assert_close(a.samples, b.samples, rtol=0, atol=0)
+    torch.testing.assert_close(a.energy, quadratic(a.samples.flatten(0, 1)).reshape(9, 6))
+    assert not torch.equal(a.samples, run(1).samples)
+    assert not a.samples.requires_grad
+
+
+def test_thinning_and_warm_up_leave_out_states_and_change_none():
+    def run(**options):
+        return mala(quadratic, normal(4, 2), step_size=0.3, target_acceptance=None, generator=generator(7), **options)
+
+    every = run(n_steps=30).samples
+    torch.testing.assert_close(run(n_steps=30, thin=3).samples, every[2::3], rtol=0, atol=0)
+    torch.testing.assert_close(run(n_steps=20, warmup=10).samples, every[10:], rtol=0, atol=0)
+
+
+def test_chains_do_not_touch_each_other():
+    """Two chains with the noise of one batch: changing where the second starts leaves the first."""
+    starts = normal(2, 3)
+    other = torch.stack([starts[0], starts[1] + 2])
+    first = [
+        mala(double_well, z, step_size=0.3, n_steps=50, generator=generator(8)).samples[:, 0] for z in (starts, other)
+    ]
+    torch.testing.assert_close(*first, rtol=0, atol=0)
+
+
+def test_energies_with_parameters_keep_their_gradients_clean():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    run = mala(lambda z: quadratic(z) + net(z)[:, 0], normal(5, 3), step_size=0.2, n_steps=10, generator=generator())
+    assert run.samples.shape == (10, 5, 3)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("sampler", [langevin, mala])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_size": 0.0}, "step_size must be"),
+        ({"step_size": -1.0}, "step_size must be"),
+        ({"step_size": math.nan}, "step_size must be"),
+        ({"n_steps": 0}, "n_steps at least thin"),
+        ({"thin": 0}, "thin must be"),
+        ({"warmup": -1}, "warmup not negative"),
+        ({"z0": torch.zeros(3)}, "z0 must be"),
+        ({"z0": torch.zeros(0, 2)}, "z0 must be"),
+        ({"z0": torch.zeros(3, 2, dtype=torch.long)}, "z0 must be"),
+        ({"z0": torch.full((3, 2), math.nan)}, "z0 must be"),
+        ({"energy": lambda z: z.square()}, "energy must map"),
+        ({"energy": lambda z: z.square().sum()}, "energy must map"),
+        ({"energy": lambda z: quadratic(z) * math.nan}, "energy must be finite"),
+        ({"energy": lambda z: quadratic(z) - math.inf}, "energy must be finite"),
+        ({"energy": lambda z: quadratic(z) + math.inf}, "at step 0"),
+        ({"energy": lambda z: (z - z).sum(1).sqrt()}, "gradient"),
+        ({"energy": lambda z: (2 - z[:, 0]).log()}, "energy must be finite"),  # NaN beyond 2, found on the way
+    ],
+)
+def test_what_makes_no_sense_is_refused(sampler, options, message):
+    arguments = {"energy": quadratic, "z0": torch.zeros(3, 2), "step_size": 0.5, "n_steps": 500, **options}
+    energy, z0 = arguments.pop("energy"), arguments.pop("z0")
+    with pytest.raises(ValueError, match=message):
+        sampler(energy, z0, generator=generator(), **arguments)
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, math.nan])
+def test_an_acceptance_that_cannot_be_is_refused(target):
+    with pytest.raises(ValueError, match="target_acceptance"):
+        mala(quadratic, torch.zeros(3, 2), step_size=0.5, n_steps=5, target_acceptance=target)
+
+
+def test_a_chain_that_runs_away_is_stopped():
+    with pytest.raises(FloatingPointError, match="run away"):  # the gradient throws it ever further
+        langevin(lambda z: z.pow(4).sum(1), torch.full((3, 2), 3.0), step_size=0.5, n_steps=100, generator=generator())
+    with pytest.raises(FloatingPointError, match="run away"):  # eps a > 4
+        langevin(quadratic, torch.ones(3, 2), step_size=4.5, n_steps=1000, generator=generator())
+    with pytest.raises(FloatingPointError, match="finite integral"):  # flat far out, and the step grows without end
+        mala(lambda z: z.tanh().square().sum(1), torch.zeros(9, 2), step_size=1.0, n_steps=9, warmup=2000)
+    with pytest.raises(FloatingPointError, match="limit=5"):
+        mala(lambda z: -z[:, 0], torch.zeros(9, 1), step_size=1.0, n_steps=99, limit=5, generator=generator())
+
+
+def autoregressive(phi, n, chains, seed=0):
+    """Stationary chains z' = phi z + sqrt(1 - phi^2) xi, (n, chains, 1)."""
+    xi = normal(n, chains, 1, seed=seed)
+    z = [xi[0]]
+    for noise in xi[1:]:
+        z.append(phi * z[-1] + math.sqrt(1 - phi**2) * noise)
+    return torch.stack(z)
+
+
+@pytest.mark.parametrize("phi", [-0.5, 0.0, 0.6, 0.9])
+def test_effective_sample_size_of_an_autoregression(phi):
+    """(1 - phi) / (1 + phi) of the samples, by the geometric series; replicates are batches of four chains."""
+    z = autoregressive(phi, 4000, 64)
+    share = torch.stack([effective_sample_size(part) for part in z.split(4, dim=1)])[:, 0] / (4 * 4000)
+    assert float(share.mean()) == pytest.approx((1 - phi) / (1 + phi), rel=0.06)
+    assert float(split_rhat(z)) == pytest.approx(1, abs=0.01)
+
+
+def reference_diagnostics(z):
+    """Split R-hat and effective sample size by sums written out (Stan's manual), one coordinate, (n, chains)."""
+    half = len(z) // 2
+    chains = [z[s, j] for j in range(z.shape[1]) for s in (slice(half), slice(len(z) - half, None))]
+    n, m = half, len(chains)
+    within = np.mean([np.var(c, ddof=1) for c in chains])
+    total = (n - 1) / n * within + np.var([c.mean() for c in chains], ddof=1)
+
+    def autocovariance(t):
+        return np.mean([np.sum((c[: n - t] - c.mean()) * (c[t:] - c.mean())) / n for c in chains])
+
+    tau, last, k = -1.0, np.inf, 0
+    while 2 * k + 1 < n:
+        pair = sum(1.0 if t == 0 else 1 - (within - autocovariance(t)) / total for t in (2 * k, 2 * k + 1))
+        if pair <= 0:
+            break
+        last = min(last, pair)
+        tau, k = tau + 2 * last, k + 1
+    return math.sqrt(total / within), m * n / tau
+
+
+@pytest.mark.parametrize(("phi", "n", "chains", "shift"), [(0.7, 201, 3, 0.0), (0.3, 60, 1, 0.0), (0.9, 200, 4, 1.0)])
+def test_diagnostics_agree_with_sums_written_out(phi, n, chains, shift):
+    z = autoregressive(phi, n, chains) + shift * torch.arange(chains)[:, None]
+    r_hat, ess = reference_diagnostics(z[..., 0].numpy())
+    close(split_rhat(z)[0], r_hat)
+    close(effective_sample_size(z)[0], ess)
+
+
+def test_diagnostics_see_chains_in_different_places_and_on_their_way():
+    z = normal(200, 4, 2)
+    z[..., 1] += torch.tensor([0.0, 0.0, 3.0, 3.0])
+    r_hat, ess = split_rhat(z), effective_sample_size(z)
+    assert float(r_hat[0]) < 1.02 and float(r_hat[1]) > 1.5
+    assert float(ess[0]) > 400 and float(ess[1]) < 12
+    drift = normal(200, 4, 1) + torch.linspace(0, 4, 200, dtype=torch.float64)[:, None, None]
+    assert float(split_rhat(drift)) > 1.25  # about sqrt(1 + 1 / (1 + 1/3)); all chains alike: only the halves tell
+    torch.testing.assert_close(split_rhat(100 * z - 7), r_hat)  # units do not matter
+    torch.testing.assert_close(effective_sample_size(100 * z - 7), ess)
+
+
+@pytest.mark.parametrize("diagnostic", [split_rhat, effective_sample_size])
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.zeros(9, 2), "samples must be finite"),
+        (torch.zeros(7, 2, 1), "samples must be finite"),
+        (torch.full((9, 2, 1), math.nan), "samples must be finite"),
+        (torch.ones(9, 2, 1), "samples must vary"),
+    ],
+)
+def test_samples_without_anything_to_judge_are_refused(diagnostic, samples, message):
+    with pytest.raises(ValueError, match=message):
+        diagnostic(samples)
+
+
+def bend(z):
+    """An invertible map of the plane with a Jacobian of varying determinant: (sinh a, b + a^2)."""
+    return torch.stack([z[:, 0].sinh(), z[:, 1] + z[:, 0] ** 2], 1)
+
+
+def test_latent_energies_are_what_they_say():
+    z = normal(9, 2)
+    close(latent_energy(quadratic, bend, term="none")(z), quadratic(bend(z)))
+    close(latent_energy(quadratic, bend, term="prior")(z), quadratic(bend(z)) + quadratic(z))
+    close(latent_energy(quadratic, bend, term="jacobian")(z), quadratic(bend(z)) - z[:, 0].cosh().log())
+    curve = latent_energy(quadratic, lambda t: torch.cat([t, t**2, 2 * t], 1), term="jacobian")
+    t = z[:, :1]
+    close(curve(t), quadratic(torch.cat([t, t**2, 2 * t], 1)) - 0.5 * (5 + 4 * t[:, 0] ** 2).log())
+    assert torch.autograd.gradcheck(latent_energy(quadratic, bend, term="jacobian"), z.requires_grad_())
+
+
+def test_a_generator_of_images_has_a_jacobian_too():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 12), torch.nn.Softplus(), torch.nn.Unflatten(1, (3, 2, 2))).double()
+    energy = latent_energy(lambda x: x.square().sum((1, 2, 3)), net, term="jacobian")
+    z = normal(4, 2)
+    for row, value in zip(z, energy(z), strict=True):
+        j = torch.autograd.functional.jacobian(lambda v: net(v[None]).flatten(), row)
+        assert float(value.detach()) == pytest.approx(
+            float((net(row[None]).square().sum() - 0.5 * torch.logdet(j.T @ j)).detach())
+        )
+
+
+def test_latent_energies_refuse_what_they_cannot_do():
+    with pytest.raises(ValueError, match="term must be"):
+        latent_energy(quadratic, bend, term="both")
+    with pytest.raises(ValueError, match="at least 2 numbers"):
+        latent_energy(quadratic, lambda z: z[:, :1], term="jacobian")(normal(3, 2))
