@@ -204,9 +204,7 @@ with tempfile.TemporaryDirectory() as folder:
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines))
     english = text.load_sentences(path)
-print(
-    f"{len(english.train)} + {len(english.test)} sentences, {len(english.vocabulary)} tokens, {english.left_out} left out"
-)
+print(f"{len(english.train)} + {len(english.test)} sentences, {len(english.vocabulary)} tokens")
 torch.manual_seed(SEED)
 model = build(len(english.vocabulary), FixedScaleBatchNorm(DIM, 0.7))
 train.fit(model, english.train, epochs=6 if SIZE == "short" else 20, seed=SEED, **recipe)
