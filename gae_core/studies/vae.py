@@ -20,9 +20,9 @@ Recipe = dict[str, tuple[int, int, float]]  # size -> epochs, rows of a batch, l
 # By k: a step costs about k decodings a row. The medium trainings have equal numbers of steps, 24,000, with learning
 # rates in proportion to the root of the batch.
 BOUND: dict[int, Recipe] = {
-    1: {"short": (1, 100, 4e-3), "medium": (40, 100, 4e-3), "full": (2000, 100, 1e-3)},
-    5: {"short": (1, 100, 4e-3), "medium": (20, 50, 2.8e-3), "full": (2000, 100, 1e-3)},
-    50: {"short": (1, 100, 4e-3), "medium": (8, 20, 1.8e-3), "full": (2000, 100, 1e-3)},
+    1: {"short": (1, 100, 4e-3), "medium": (40, 100, 4e-3), "full": (500, 100, 1e-3)},
+    5: {"short": (1, 100, 4e-3), "medium": (20, 50, 2.8e-3), "full": (500, 100, 1e-3)},
+    50: {"short": (1, 100, 4e-3), "medium": (8, 20, 1.8e-3), "full": (500, 100, 1e-3)},
 }
 CODES: Recipe = {"short": (1, 100, 4e-3), "medium": (8, 100, 4e-3), "full": (500, 100, 1e-3)}
 ROWS = {"short": 1000, "medium": 60_000, "full": 60_000}
