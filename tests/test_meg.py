@@ -555,8 +555,8 @@ def test_the_study_of_a_held_out_digit_runs():
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 
 
-def record(name):
-    return json.loads((RESULTS / name / "plane-medium.json").read_text(encoding="utf-8"))["metrics"]
+def record(name, data_name="plane"):
+    return json.loads((RESULTS / name / f"{data_name}-medium.json").read_text(encoding="utf-8"))["metrics"]
 
 
 def test_the_chapters_reading_of_the_runs_on_25_gaussians():
@@ -580,3 +580,12 @@ def test_the_chapters_reading_of_the_optimum():
         found, best = record(f"meg_optimum_{lam:g}"), studies.penalised_optimum(lam, STD)
         assert found["high quality, %"]["mean"] == pytest.approx(100 * best.high_quality, abs=0.01)
         assert found["KL(data | energy)"]["mean"] == pytest.approx(best.kl, abs=1e-4)
+
+
+def test_the_chapters_reading_of_the_runs_on_stacked_digits():
+    found = record("meg_stacked", "mnist")
+    assert set(found["modes of 100"]["by seed"]) <= {99, 100}
+    kl, floor, bias = (found[name] for name in ("KL from equal shares", "KL, stacked test images", "KL, bias"))
+    assert min(kl["by seed"]) > 10 * max(floor["by seed"])
+    assert bias["mean"] == pytest.approx(99 / 5200) and abs(floor["mean"] - bias["mean"]) < 0.005
+    assert 98 < found["classifier right, %"]["mean"] < 99
