@@ -599,3 +599,12 @@ def test_the_chapters_reading_of_the_runs_on_stacked_digits():
         assert abs(apart(*pair, "KL from equal shares")) < 2
     assert apart("_plain", "_wgan_gp", "Fréchet, first digit") > 4
     assert all(abs(apart("", other, "Fréchet, first digit")) < 4 for other in ("_plain", "_wgan_gp"))
+
+
+def test_the_chapters_reading_of_the_run_without_the_digit_1():
+    found = {name: entry["by seed"] for name, entry in record("meg_without_1", "mnist").items()}
+    chance = found["prevalence"][0]
+    assert all(value > chance for value in found["AUPRC, energy"])
+    assert [round(f(found["AUROC, energy"]), 2) for f in (min, max)] == [0.63, 0.84]
+    assert all(value < chance for value in found["AUPRC, slope²"]) and max(found["AUROC, slope²"]) < 0.52
+    assert chance == pytest.approx(PUBLISHED[1][2], abs=6e-4)
