@@ -561,6 +561,12 @@ def record(name, data_name="plane"):
 
 def test_the_chapters_reading_of_the_runs_on_25_gaussians():
     meg, plain, wgan, best = (record(f"meg_{name}") for name in ("toy", "toy_plain", "toy_wgan_gp", "optimum_0.1"))
+    runs = [json.loads((RESULTS / f"meg_toy{n}/plane-medium.json").read_text()) for n in ("", "_plain", "_wgan_gp")]
+    assert [run["steps"] for run in runs] == [[1, 5], [1, 5], [5, 1]] and [run["epochs"] for run in runs] == [
+        30,
+        30,
+        20,
+    ]
     assert meg["modes of 25"]["by seed"] == [25, 25, 25] and plain["modes of 25"]["by seed"] == [0, 0, 0]
     assert all(22 <= found < 25 for found in wgan["modes of 25"]["by seed"])
     assert meg["KL of mode shares"]["mean"] == pytest.approx(24 / 5000, abs=4 * math.sqrt(12 / 3) / 2500)  # chi-squared
