@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gae_core import data, experiments
+from gae_core import data, experiments, records
 from gae_core.__main__ import DATA, main
 
 
@@ -52,10 +52,16 @@ def test_train_resume_and_sample(name, tmp_path, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
-def test_run_all_and_report(capsys, tmp_path):
+def test_run_all_and_report(capsys, tmp_path, monkeypatch):
+    def coin(*_):
+        return records.Outcome({"heads": 0.5}, parameters=0, training_seconds=1.0, samples=1)
+
+    study = records.Study("a coin", ("digits",), lambda *_: {"epochs": 0}, coin)
+    elsewhere = records.Study("not on these data", ("mnist",), lambda *_: {"epochs": 0}, coin)
+    monkeypatch.setattr(experiments, "STUDIES", {"coin": ("coins", study), "other": ("coins", elsewhere)})
     out = ["--out", str(tmp_path / "out")]
     assert main([*short("run", "all", "--seeds", "0"), *out]) == 0
-    assert len(capsys.readouterr().out.split()) == len(experiments.MODELS)
+    assert len(capsys.readouterr().out.split()) == len(experiments.MODELS) + 1
     assert main(["report", *out]) == 0
     table = capsys.readouterr().out
     assert "| squared error |" in table and all(name.replace("_", " ") in table for name in experiments.MODELS)

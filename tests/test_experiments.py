@@ -231,7 +231,7 @@ def test_every_study_says_what_it_is(name):
     assert name not in experiments.MODELS and topic and study.about and study.data
     for size in experiments.SIZES:
         for data_name in study.data:
-            assert study.settings(data_name, size)["epochs"] >= 1
+            assert study.settings(data_name, size)["epochs"] >= 0  # 0 where nothing is trained
             json.dumps(study.settings(data_name, size))
 
 
