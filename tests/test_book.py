@@ -309,3 +309,14 @@ def test_a_notebook_opens_in_colab_where_the_project_has_an_address(url, tmp_pat
     found = re.findall(r'href="([^"]*colab[^"]*)"', page)
     path = "/github/example/project/blob/main/notebooks/small.ipynb"
     assert found == ([f"https://colab.research.google.com{path}"] if url else [])
+
+
+def test_the_plot_of_a_group_shows_what_all_of_its_records_have(tmp_path):
+    from results_table import draw
+
+    def record(*names):
+        return {"model": "m", "metrics": {f"Fréchet, {n}": {"mean": 1.0, "standard error": None} for n in names}}
+
+    assert not draw([record("codes"), record()], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    assert draw([record("codes", "samples"), record("codes")], tmp_path / "one.png")

@@ -170,14 +170,15 @@ def cost(group: list[dict]) -> str:
 
 
 def draw(group: list[dict], path: Path) -> bool:
-    """Draw the Fréchet distances of a group, with standard errors; False if it has none."""
+    """Draw the Fréchet distances that all of a group have, with standard errors; False if there are none."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     start, real = "Fréchet, ", "Fréchet, real images"
-    rows = [key for key in group[0]["metrics"] if key.startswith(start) and key != real]
+    shared = [key for key in group[0]["metrics"] if all(key in record["metrics"] for record in group)]
+    rows = [key for key in shared if key.startswith(start) and key != real]
     if not rows:
         return False
     fig, ax = plt.subplots(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
