@@ -543,3 +543,6 @@ def test_the_chapters_reading_of_the_norms():
     assert recorded("coupled_0.5", "NLL")[0] == pytest.approx(recorded("floor", "reachable floor")[0], abs=0.02)
     assert less(("bn_0.7", "KL of aggregate"), ("coupled_0.5", "KL of aggregate"))
     assert not less(("bn_0.7", "R² of z"), ("coupled_0.5", "R² of z"))
+    assert 0.45 < recorded("coupled_0.2", "MI")[0] / recorded("bn_0.7", "MI")[0] < 0.55
+    values = [recorded(name, "NLL")[0] for name in ("bn_0.7", "coupled_0.2", "coupled_0.5")]
+    assert values == sorted(values) and recorded("coupled_0.2", "MI")[0] == pytest.approx(1, abs=0.1)
