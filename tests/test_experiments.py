@@ -211,6 +211,7 @@ def coin(data_name, size, seed, device):
 
 def test_a_study_is_recorded_by_seed(tmp_path):
     study = records.Study("a coin", ("digits",), lambda data_name, size: {"epochs": 7, "size of it": size}, coin)
+    open_before = plots.plt.get_fignums()
     path = recording.record("coin", study, topic="coins", seeds=(1, 3), size="short", device="cpu", out=tmp_path)
     found = records.check(path)
     assert path == tmp_path / "coin" / "digits-short.json" and path.with_suffix(".png").exists()
@@ -219,7 +220,7 @@ def test_a_study_is_recorded_by_seed(tmp_path):
     assert (found["topic"], found["size of it"], found["epochs"], found["parameters"]) == ("coins", "short", 7, 3)
     assert (found["training seconds"], found["samples a second"]) == (1.0, 200.0)
     assert found["command"] == "python -m gae_core run coin --data digits --size short --seeds 1,3"
-    assert not plots.plt.get_fignums()
+    assert plots.plt.get_fignums() == open_before
     assert list(records.groups(tmp_path)) == ["coins: digits, size short, CPU, 7 epochs, seeds 1, 3"]
     with pytest.raises(ValueError, match="data of coin must be one of digits, got 'mnist'"):
         recording.record("coin", study, topic="coins", data="mnist", out=tmp_path)
