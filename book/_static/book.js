@@ -33,7 +33,7 @@
   window.addEventListener("load", async () => {
     await window.MathJax?.startup?.promise;
     fit();
-    new ResizeObserver(soon).observe(document.querySelector("article")); // a window resized, a solution opened
+    new ResizeObserver(soon).observe(document.querySelector("article") ?? document.body); // a window resized, a solution opened
     document.addEventListener("scroll", (event) => event.target.matches?.(boxes) && fade(event.target), true);
   });
 })();
