@@ -45,8 +45,9 @@ notebooks: $(READY)  ## run notebooks/*.py and write them with their outputs; NO
 serve: book  ## show the book at http://localhost:8000; PORT=8080 for another port
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-bench: $(READY)  ## measure the speed of training (against pythae: pip install -e .[benchmarks])
+bench: $(READY)  ## measure the speed of training and of chains (against others: pip install -e .[benchmarks])
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/mala.py
 
 gpu: $(if $(PYTHON_GPU),,$(READY))  ## on a machine with CUDA: tests, runs, benchmark; PART=2 for one, OUT=folder
 	$(or $(PYTHON_GPU),$(BIN)/python) benchmarks/gpu.py --out $(OUT) $(if $(PART),--part $(PART))

@@ -1,6 +1,7 @@
 """The chapter on Markov chains in the latent space: its equations, the wrong kernels, the energies of codes."""
 
 import math
+from pathlib import Path
 
 import mpmath as mp
 import numpy as np
@@ -11,6 +12,8 @@ from helpers import assert_z
 from scipy import stats
 
 from gae_core.sampling import effective_sample_size, langevin, latent_energy, mala, split_rhat
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def generator(seed=0):
@@ -608,3 +611,26 @@ def test_the_ring_of_the_chapter():
 
 def test_exercise_values():
     assert 4 / math.pi * math.asin(math.sqrt(1 / 3)) == pytest.approx(2 * stats.beta.cdf(1 / 3, 0.5, 0.5))
+
+
+def test_the_benchmark_runs_the_same_chains_and_places_its_table(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import mala as benchmark
+
+    few = {name: 30 for name in benchmark.STEPS}
+    for target, (dim, eps) in benchmark.TARGETS.items():
+        shares = [make(target, 30)(0)[1] for make in (benchmark.of_mala, benchmark.of_loop)]
+        assert abs(shares[0] - shares[1]) < 0.05
+        if dim == 16:  # exactly known at stationarity, where they start
+            exact = 2 * stats.beta.cdf(0.5 * (1 - 1 / math.sqrt(1 + 64 / eps**3)), 8, 8)
+            assert shares == pytest.approx([exact] * 2, abs=0.03)
+        lines = benchmark.measure(target, 1, few)
+        assert [line.split(" | ")[1] for line in lines[:2]] == ["mala", "a loop over chains"]
+    (tmp_path / "benchmarks").mkdir()
+    readme = tmp_path / "benchmarks" / "README.md"
+    readme.write_text((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    for text in ("before\n", "after\n"):
+        benchmark.place(text)
+    found = readme.read_text(encoding="utf-8")
+    assert "<!-- mala -->\nafter\n<!-- end -->" in found and "\nbefore\n" not in found and "<!-- cpu -->" in found
