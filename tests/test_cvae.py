@@ -13,6 +13,7 @@ from helpers import assert_z
 from gae_core import nets, records, train
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.cvae import CVAE, Beside, FactorisedNet, LabelPriorVAE, quadrant_mask
+from gae_core.studies.cvae import codes_of_classes
 from gae_core.variational import importance_weighted_nll
 
 
@@ -304,6 +305,25 @@ def test_one_image_and_its_style():
     first, again = (model.sample(3, y, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     torch.testing.assert_close(first, again)
     assert first.shape == (3, 5) and not first.requires_grad
+
+
+def test_codes_asked_for_have_the_distribution_of_their_class():
+    """Mean and variance of as many draws as there were codes to fit: the fit's error is as large as that of the draws."""
+    n, classes = 2000, 3
+    y = torch.arange(classes).repeat(n)
+    x = torch.rand(n * classes, 5, generator=torch.Generator().manual_seed(0))
+
+    class Linear(torch.nn.Module):
+        def posterior(self, x, y):
+            return x[:, :2] + 10 * y[:, None], torch.full((len(x), 2), math.log(0.5))
+
+    asked = torch.tensor([2, 0]).repeat_interleave(n)
+    z = codes_of_classes(Linear(), x, y, asked, seed=0)
+    for label in (0, 2):
+        for coordinate in z[asked == label].T:
+            assert_z(coordinate - 10 * label, 0.5, bound=4 * math.sqrt(2))
+            assert_z((coordinate - coordinate.mean()).square(), 0.5 + 1 / 12, bound=4 * math.sqrt(2))
+    torch.testing.assert_close(z, codes_of_classes(Linear(), x, y, asked, seed=0))
 
 
 def test_the_network_without_a_code():

@@ -14,6 +14,7 @@ from gae_core.judge import classifier
 from gae_core.models.classifier import Classifier
 from gae_core.models.cvae import CVAE, Beside, FactorisedNet, LabelPriorVAE, quadrant_mask
 from gae_core.records import Outcome, Study
+from gae_core.sampling import fit_gaussian_mixture
 from gae_core.variational import importance_weighted_nll
 
 EPOCHS = {"short": 1, "medium": 12, "full": 100}
@@ -49,7 +50,35 @@ def _diversity(x: Tensor, y: Tensor) -> float:
     return float(torch.stack([torch.pdist(x[y == k].flatten(1)[:500]).mean() for k in y.unique()]).mean())
 
 
-def _classes(name: str, size: str, seed: int, device: torch.device, *, kind: str, beta: float) -> Outcome:
+@torch.no_grad()
+def codes_of_classes(model: CVAE, x: Tensor, y: Tensor, asked: Tensor, *, seed: int) -> Tensor:
+    """Codes for the labels asked for, from a mixture fitted to each class: ten Gaussians, or one for 200 of its codes.
+
+    Args:
+        model: in evaluation mode.
+        x: training images in [0, 1], (n, ...).
+        y: their labels, (n,).
+        asked: labels, (m,).
+        seed: of the codes drawn from q(z | x, y), of the fits and of the draws.
+
+    Returns:
+        Codes (m, dim).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.cat([*model.posterior(a, b)], 1) for a, b in zip(x.split(1000), y.split(1000), strict=True)]
+    mu, logvar = torch.cat(parts).chunk(2, 1)
+    z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator)
+    found = torch.empty(len(asked), z.shape[1])
+    for label in asked.unique():
+        of_class = z[y == label]
+        fit = fit_gaussian_mixture(of_class, max(1, min(10, len(of_class) // 200)), seed=seed)
+        found[asked == label] = fit.sample(int((asked == label).sum()), generator=generator)
+    return found
+
+
+def _classes(
+    name: str, size: str, seed: int, device: torch.device, *, kind: str, beta: float, codes: str = "prior"
+) -> Outcome:
     images = data.load(name)
     classes = int(images.y_train.max()) + 1
     model = build(images.shape, classes, kind=kind, beta=beta, seed=seed)
@@ -60,10 +89,14 @@ def _classes(name: str, size: str, seed: int, device: torch.device, *, kind: str
     seconds = time.perf_counter() - start
 
     y = torch.arange(classes).repeat_interleave(10_000 // classes)
-    x = model.sample(len(y), y, generator=torch.Generator().manual_seed(seed)).cpu()
     judge = classifier(images)
     test, labels = data.to_unit(images.x_test), images.y_test
     model = model.cpu()
+    if codes == "prior":
+        x = model.sample(len(y), y, generator=torch.Generator().manual_seed(seed))
+    else:
+        z = codes_of_classes(model, data.to_unit(images.x_train), images.y_train, y, seed=seed)
+        x = model.decode(z, y).detach()
     with torch.no_grad():
         again = torch.cat([model(a, b) for a, b in zip(test.split(1000), labels.split(1000), strict=True)])
 
@@ -191,14 +224,19 @@ STUDIES = {
     name: Study(
         about,
         ("mnist", "digits"),
-        functools.partial(_settings, kind=kind, beta=beta),
-        functools.partial(_classes, kind=kind, beta=beta),
+        functools.partial(_settings, kind=kind, beta=beta, **more),
+        functools.partial(_classes, kind=kind, beta=beta, **more),
         judged=True,
     )
-    for name, kind, beta, about in (
-        ("cvae", "beside", 2.0, "conditional VAE: labels beside both networks, beta = 2"),
-        ("cvae_beta1", "beside", 1.0, "conditional VAE: labels beside both networks, beta = 1"),
-        ("cvae_prior_mean", "prior", 2.0, "conditional VAE: labels move the mean of the prior alone, beta = 2"),
+    for name, kind, beta, more, about in (
+        ("cvae", "beside", 2.0, {}, "conditional VAE: labels beside both networks, beta = 2"),
+        ("cvae_beta1", "beside", 1.0, {}, "conditional VAE: labels beside both networks, beta = 1"),
+        (
+            "cvae_mixture",
+            *("beside", 1.0, {"codes": "a mixture of Gaussians fitted to each class"}),
+            "conditional VAE: the same, codes from a mixture of Gaussians fitted to each class",
+        ),
+        ("cvae_prior_mean", "prior", 2.0, {}, "conditional VAE: labels move the mean of the prior alone, beta = 2"),
     )
 } | {
     f"completion_{quadrants}": Study(
