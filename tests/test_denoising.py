@@ -11,6 +11,7 @@ from helpers import assert_z
 
 from gae_core import data, metrics, nets, train
 from gae_core.models.denoising import ContractiveAutoencoder, DenoisingAutoencoder, gaussian_noise, salt_and_pepper
+from gae_core.studies import denoising as studies
 
 
 def finite(seed=0, states=5):
@@ -294,6 +295,62 @@ def test_the_parzen_estimate_is_the_mixtures_likelihood():
             metrics.parzen_log_likelihood(samples, x, width=bad)
     with pytest.raises(ValueError, match="same shape"):
         metrics.parzen_log_likelihood(samples, x[:, :2], width=0.2)
+
+
+# Labels along a chain.
+
+
+def two_states(a, b, steps, chains, seed):
+    """Labels (steps, chains) of stationary chains that go from 0 to 1 with probability a, and back with b."""
+    rng = np.random.default_rng(seed)
+    state, found = rng.random(chains) < a / (a + b), []
+    for _ in range(steps):
+        state = np.where(state, rng.random(chains) >= b, rng.random(chains) < a)
+        found.append(state)
+    return torch.from_numpy(np.stack(found)).long()
+
+
+@pytest.mark.checks("eq-denoising-two-state", how="exact")
+def test_the_mixing_of_two_states_in_closed_form():
+    with mp.workdps(40):
+        a, b = mp.mpf("0.07"), mp.mpf("0.21")
+        T, p = mp.matrix([[1 - a, a], [b, 1 - b]]), a / (a + b)  # p is the share of state 1
+        power, total = mp.eye(2), mp.mpf(0)
+        for t in range(1, 600):
+            power = power * T
+            rho = (p * power[1, 1] - p**2) / (p * (1 - p))
+            assert abs(rho - (1 - a - b) ** t) < mp.mpf(10) ** -35
+            total += rho
+        assert abs(1 / (1 + 2 * total) - (a + b) / (2 - a - b)) < mp.mpf(10) ** -35
+        assert abs(1 / (p * b + (1 - p) * a) - (a + b) / (2 * a * b)) < mp.mpf(10) ** -35
+
+
+@pytest.mark.checks("eq-denoising-two-state", how="statistical")
+@pytest.mark.parametrize(("a", "b"), [(0.1, 0.3), (0.5, 0.5), (0.02, 0.02)])
+def test_mixing_measures_that_of_two_states(a, b):
+    found = [studies.mixing(two_states(a, b, 2000, 50, seed), 2) for seed in range(10)]
+    assert_z([f.stay for f in found], (a + b) / (2 * a * b))
+    expected = 1000 * (a + b) / (2 - a - b)
+    # the sum of correlations is cut where noise begins, which costs some per cent
+    assert np.mean([f.ess for f in found]) == pytest.approx(expected, rel=0.05)
+    share = a / (a + b)
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert np.mean([f.entropy for f in found]) == pytest.approx(entropy, abs=0.02)
+
+
+def test_mixing_of_chains_that_stay_and_of_classes_that_nobody_enters():
+    stuck = torch.arange(10).repeat(100, 3)
+    found = studies.mixing(stuck, 10)
+    assert found.ess == 0 and found.stay == 99 * 30 and found.entropy == pytest.approx(math.log(10))
+    labels = two_states(0.5, 0.5, 500, 20, 0)
+    assert studies.mixing(labels, 10).ess == pytest.approx(studies.mixing(labels, 2).ess / 5)
+    late = torch.zeros(101, 4, dtype=torch.long)  # between the halves, where no half of a chain has seen it move
+    late[51:] = 1
+    late[50] = 0
+    assert studies.mixing(late, 2).ess == 0
+    for bad in (labels[:7], labels[:, 0], labels + 1, labels - 1):
+        with pytest.raises(ValueError, match="labels must be"):
+            studies.mixing(bad, 2)
 
 
 # The model.
