@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from gae_core import data, judge, metrics, nets, plots, train
 from gae_core.energy import gradient_penalty_r1
+from gae_core.entropy import knn_entropy
 from gae_core.models.meg import MEG, WGANGP
 from gae_core.records import Outcome, Study
+from gae_core.sampling import latent_energy, mala
 
 BETAS = (0.5, 0.9)  # of Adam, as in the authors' code
 SCALE = math.sqrt(8)  # the toy's coordinates are divided by it, as there: its lam = 0.1 belongs to these units
@@ -192,6 +194,79 @@ def toy_settings(name: str, _data: str, size: str) -> dict:
         "dim": TOY_DIM,
         "scale": SCALE,
     }
+
+
+CHAINS = {"short": (200, 10, 20), "medium": (2500, 200, 400), "full": (2500, 1000, 4000)}  # number, warm-up, steps
+CHAIN_TERMS = {  # of the codes' energy, as in latent_energy
+    "before": "the generator alone",
+    "none": "after chains of codes with the energy of the sample",
+    "prior": "after chains of codes with the energy of the sample and the prior",
+    "jacobian": "after chains of codes with the energy of the sample and the Jacobian",
+}
+
+
+def run_toy_chains(term: str, _data: str, size: str, seed: int, device: torch.device) -> Outcome:
+    """Train MEG on the toy, then let codes walk by their energy: the samples before ("before") or after.
+
+    The density is that of the energy on the square of :func:`grid_of`; outside there is none, and no chain goes there.
+    """
+    recipe, toy = TOY[size], scaled(data.toy("twenty_five_gaussians"), SCALE)
+    generator = torch.Generator().manual_seed(seed)
+    x, model = toy.sample(recipe.rows, generator), build_toy("meg_toy", recipe, seed)
+    _, seconds, seen = recipe.fit(model, x, seed=seed, device=device)
+    model = model.cpu().eval().requires_grad_(False)
+    points, area = grid_of(toy)
+    half = 1.5 * float(toy.modes.abs().max())
+
+    def energy(x: Tensor) -> Tensor:
+        return torch.where(x.abs().amax(1) < half, model.energy_of(x), math.inf)
+
+    chains, warmup, steps = CHAINS[size]
+    z = torch.randn(2 * chains, TOY_DIM, generator=generator)
+    z = z[energy(model.decode(z)).isfinite()][:chains]
+    measured = {}
+    if term != "before":
+        how = {"step_size": 1e-3, "warmup": warmup, "n_steps": steps, "thin": steps, "generator": generator}
+        run = mala(latent_energy(energy, model.decode, term=term), z, **how)
+        z = run.samples[-1]
+        measured = {"acceptance": float(run.acceptance.mean())}
+    log_q = -metrics.in_batches(model.energy_of, points.float(), batch_size=20_000).double()
+    log_z = float(log_q.logsumexp(0)) + math.log(area)
+    q = log_q.softmax(0)
+    drawn = points[torch.multinomial(q, chains, generator=generator)]
+    drawn = drawn + (torch.rand(drawn.shape, generator=generator) - 0.5) * math.sqrt(area)
+
+    def divergence(x: Tensor) -> float:
+        """KL(samples | energy) in nats, the entropy of the samples by nearest neighbours."""
+        return float(model.energy_of(x.float()).double().mean()) + log_z - float(knn_entropy(x.double(), 3))
+
+    sample = model.decode(z)
+    determinant = torch.linalg.det(torch.func.vmap(torch.func.jacrev(lambda z: model.decode(z[None])[0]))(z))
+    quality, of_energy = (metrics.mode_quality(v, toy.modes, toy.std) for v in (sample, drawn))
+    measured |= {
+        "modes of 25": quality.modes,
+        "high quality, %": 100 * quality.high_quality,
+        "spread, σ": quality.spread,
+        "KL of mode shares": quality.kl,
+        "KL(samples | energy)": divergence(sample),
+        "mean of |z|²": float(z.square().sum(1).mean()),
+        "energy: high quality, %": 100 * float(q[torch.cdist(points, toy.modes.double()).amin(1) < 3 * toy.std].sum()),
+        "energy: spread, σ": of_energy.spread,
+        "energy: KL of mode shares": of_energy.kl,
+        "draws of the energy: KL(samples | energy)": divergence(drawn),
+        "codes on the smaller side of a fold, %": 100
+        * float(min((determinant > 0).sum(), (determinant < 0).sum()))
+        / len(z),
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    return Outcome(measured, parameters, seconds, seen, figure=draw_toy(model, toy, sample))
+
+
+def toy_chains_settings(term: str, _data: str, size: str) -> dict:
+    """Settings of a run with chains on the toy."""
+    chains, warmup, steps = CHAINS[size]
+    how = {} if term == "before" else {"term": term, "warm-up": warmup, "chain steps": steps}
+    return toy_settings("meg_toy", _data, size) | {"chains": chains} | how
 
 
 @dataclass(frozen=True)
@@ -426,6 +501,15 @@ STUDIES: dict[str, Study] = {
             functools.partial(run_toy, name),
         )
         for name, (about, _) in TOY_MODELS.items()
+    },
+    **{
+        f"meg_mcmc_{term}": Study(
+            f"25 Gaussians, MEG: {about}",
+            ("plane",),
+            functools.partial(toy_chains_settings, term),
+            functools.partial(run_toy_chains, term),
+        )
+        for term, about in CHAIN_TERMS.items()
     },
     **{
         f"meg_optimum_{lam:g}": Study(
