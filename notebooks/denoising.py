@@ -50,6 +50,7 @@ from gae_core.models.denoising import (
     salt_and_pepper,
 )
 from gae_core.models.local_linear import fit_local_linear
+from gae_core.studies.denoising import mixing
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
@@ -168,7 +169,8 @@ figure = plots.image_panels(shown, columns=16, per_row=1, size=4)
 # ## Step 4: how good, and how different?
 #
 # Two figures for two virtues. The Fréchet distance of the chains' images to real ones, in the features of the book's
-# classifier: small is good. And how fast a chain forgets where it was: the share of chains whose label has changed.
+# classifier: small is good. And how fast a chain forgets where it was: the share of chains whose label has changed, and
+# how many independent labels a thousand steps are worth, by the effective sample size.
 
 # %%
 runs = {name: m.chain(held_out[:500], 40, generator=seeded(1))[0] for name, m in models.items()}
@@ -180,7 +182,10 @@ found = {}
 for name, x in runs.items():
     fake = metrics.in_batches(judge.features, x[[19, 39]].flatten(0, 1))
     found[name] = metrics.frechet_distance(fake, real), float((labels[name][-1] != origin).double().mean())
-    print(f"{name:<18} Fréchet {found[name][0]:8.1f}, another label after 40 steps: {found[name][1]:.0%}")
+    worth = mixing(labels[name], int(images.y_train.max()) + 1).ess
+    print(f"{name:<18} Fréchet {found[name][0]:8.1f}, another label after 40 steps: {found[name][1]:.0%}", end=", ")
+    print(f"1,000 steps are worth {worth:.0f} labels")
+    assert 1 < worth < 500
 assert all(0.05 < moved < 0.95 for _, moved in found.values())  # neither stuck nor independent
 
 # %% [markdown]

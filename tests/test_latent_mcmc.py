@@ -488,6 +488,25 @@ def test_where_energy_and_generator_agree_codes_should_stay(term, variance):
     assert_z(run.samples.square().mean((0, 2)).numpy(), variance)
 
 
+@pytest.mark.checks("eq-latent_mcmc-folded", how="exact")
+def test_a_folded_generator_counts_its_codes():
+    """The map z³ - 3z has three codes for |x| < 2 and one beyond; it folds at z = -1 and 1, where x = 2 and -2."""
+    with mp.workdps(30):
+
+        def density(x):
+            return mp.exp(-((x - mp.mpf("0.5")) ** 2) / 3)
+
+        for f in (lambda x: 1, lambda x: x, mp.cos):
+            codes = mp.quad(
+                lambda z, f=f: f(z**3 - 3 * z) * density(z**3 - 3 * z) * abs(3 * z**2 - 3), [-4, -2, -1, 0, 1, 2, 4]
+            )
+            once, inside = (
+                mp.quad(lambda x, f=f: f(x) * density(x), places) for places in ([-52, -9, -2, 0, 2, 9, 52], [-2, 0, 2])
+            )
+            assert abs(codes - (once + 2 * inside)) < mp.mpf(10) ** -15
+            assert abs(codes - once) > 0.1
+
+
 @pytest.mark.checks("eq-latent_mcmc-improper", how="exact")
 def test_a_bounded_generators_normaliser_grows_without_bound():
     """G = 2 tanh, U = x^2 <= 4 = M, on the line: V_1 = 2. With the Jacobian the integral converges."""
