@@ -12,6 +12,7 @@ from helpers import assert_z
 from scipy import stats
 
 from gae_core.sampling import effective_sample_size, langevin, latent_energy, mala, split_rhat
+from gae_core.studies import meg
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -653,3 +654,44 @@ def test_the_benchmark_runs_the_same_chains_and_places_its_table(tmp_path, monke
         benchmark.place(text)
     found = readme.read_text(encoding="utf-8")
     assert "<!-- mala -->\nafter\n<!-- end -->" in found and "\nbefore\n" not in found and "<!-- cpu -->" in found
+
+
+class Agreed(torch.nn.Module):
+    """Energy and generator of N(0, 0.09 I), which agree."""
+
+    surrogate = None
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.3))
+
+    def decode(self, z):
+        return self.scale * z
+
+    def energy_of(self, x):
+        return 0.5 * (x / self.scale).square().sum(1) - 7  # its zero does not matter
+
+
+@pytest.mark.parametrize(
+    ("term", "divergence", "length"), [("before", 0, 2), ("jacobian", 0, 2), ("none", 0, 2), ("prior", None, 1)]
+)
+def test_the_study_of_chains_where_everything_is_known(term, divergence, length, monkeypatch):
+    monkeypatch.setattr(meg, "build_toy", lambda *_: Agreed())
+    monkeypatch.setattr(meg.Size, "fit", lambda *_, **__: (None, 0.0, 0))
+    monkeypatch.setattr(meg, "draw_toy", lambda *_: None)
+    monkeypatch.setitem(meg.CHAINS, "short", (1500, 60, 60))
+    found = meg.run_toy_chains(term, "plane", "short", 0, torch.device("cpu")).metrics
+    # The product of both has half the variance, and KL(N(0, s²/2) | N(0, s²)) = log 2 - 1/2 in the plane.
+    expected = math.log(2) - 0.5 if divergence is None else divergence
+    assert found["KL(samples | energy)"] == pytest.approx(expected, abs=0.1)
+    assert found["draws of the energy: KL(samples | energy)"] == pytest.approx(0, abs=0.1)
+    assert found["mean of |z|²"] == pytest.approx(length, abs=0.15)
+    assert found["codes on the smaller side of a fold, %"] == 0
+    modes = 2 / math.sqrt(8) * (torch.cartesian_prod(torch.arange(5), torch.arange(5)) - 2.0).double()
+    grid = torch.linspace(-1.5, 1.5, 1501, dtype=torch.float64)
+    points = torch.cartesian_prod(grid, grid)
+    near = torch.cdist(points, modes).amin(1) < 3 * 0.05 / math.sqrt(8)
+    share = float((-points.square().sum(1) / 0.18).softmax(0)[near].sum())
+    assert found["energy: high quality, %"] == pytest.approx(100 * share, rel=0.02)
+    if divergence == 0:
+        assert found["high quality, %"] == pytest.approx(100 * share, abs=4 * 100 * math.sqrt(share / 1500))

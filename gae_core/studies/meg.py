@@ -215,7 +215,7 @@ def run_toy_chains(term: str, _data: str, size: str, seed: int, device: torch.de
     x, model = toy.sample(recipe.rows, generator), build_toy("meg_toy", recipe, seed)
     _, seconds, seen = recipe.fit(model, x, seed=seed, device=device)
     model = model.cpu().eval().requires_grad_(False)
-    points, area = grid_of(toy)
+    points, area = grid_of(toy, 1200)  # cells of 0.2 standard deviations, to count those near a mode
     half = 1.5 * float(toy.modes.abs().max())
 
     def energy(x: Tensor) -> Tensor:
