@@ -16,7 +16,7 @@ from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.eae import EAE
 from gae_core.models.vae import VAE
 from gae_core.records import RESULTS, Outcome, Study
-from gae_core.studies import bn_vae, bn_vae_text, cvae, denoising, image_prior, meg, vae
+from gae_core.studies import bn_vae, bn_vae_text, cvae, denoising, family, image_prior, meg, vae
 
 DIM = 8  # of the codes in all recorded runs
 RECIPE = {"batch_size": 128, "lr": 2e-3, "schedule": "1 - t"}  # of the training, likewise
@@ -62,6 +62,7 @@ TOPICS: dict[str, dict[str, Study]] = {
     "bn_vae_text": bn_vae_text.STUDIES,
     "cvae": cvae.STUDIES,
     "denoising": denoising.STUDIES,
+    "family": family.STUDIES,
     "image_prior": image_prior.STUDIES,
     "meg": meg.STUDIES,
     "vae": vae.STUDIES,

@@ -288,6 +288,34 @@ def detection(scores: Tensor, anomaly: Tensor) -> Detection:
     )
 
 
+def trustworthiness(x: Tensor, z: Tensor, k: int = 12) -> float:
+    r"""How far the nearest neighbours of the codes are neighbours of the data, in [0, 1]; near 1/2 by chance.
+
+    .. math:: 1 - \frac{2}{n k (2n - 3k - 1)} \sum_i \sum_{j \in N_k(z_i)} \max(0, r_i(j) - k)
+
+    Implements ``def-family-trustworthiness``: r_i(j) is the rank of x_j among the neighbours of x_i. Only
+    the order of distances counts, so the codes' scale does not matter. Where codes are equal the order is arbitrary: a
+    code of a few symbols has no trustworthiness.
+
+    Source: Venna and Kaski, *Neighborhood preservation in nonlinear projection methods*, ICANN 2001.
+
+    Args:
+        x: data, (n, ...).
+        z: their codes, (n, d).
+        k: neighbours, below n / 2.
+
+    Raises:
+        ValueError: if the rows differ in number, are not finite, or are too few for k.
+    """
+    from sklearn.manifold import trustworthiness as measured
+
+    if len(x) != len(z) or not 1 <= k < len(x) / 2:
+        raise ValueError(f"z must have one row for each x, and k be 1 to n / 2, got {len(z)} and {len(x)} rows, k={k}")
+    if not (torch.isfinite(x).all() and torch.isfinite(z).all()):
+        raise ValueError("x and z must be finite, got NaN or infinite entries")
+    return float(measured(*(to_unit(v).flatten(1).double().cpu().numpy() for v in (x, z)), n_neighbors=k))
+
+
 @torch.no_grad()
 def parzen_log_likelihood(samples: Tensor, x: Tensor, *, width: float, chunk_size: int = 500) -> Tensor:
     r"""Log-likelihood of x under Gaussians of standard deviation ``width`` on the samples. A poor measure.
