@@ -110,7 +110,9 @@ def linear_density(x: Tensor, mu: Tensor, W: Tensor, noise: float, codes: Gaussi
 
 def _curvature(decode: Callable, z: Tensor, rows: tuple[Tensor, ...], sigma: float, precision: Tensor):
     """Jacobian of the decoder at each z, (n, D, d), and Gauss and Newton's curvature of -log p(x, z), (n, d, d)."""
-    J = torch.func.vmap(torch.func.jacfwd(lambda c, *r: decode(c[None], *(v[None] for v in r))[0]))(z, *rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own use of torch.jit
+        J = torch.func.vmap(torch.func.jacfwd(lambda c, *r: decode(c[None], *(v[None] for v in r))[0]))(z, *rows)
     return J, J.mT @ J / sigma**2 + precision
 
 
