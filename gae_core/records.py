@@ -203,7 +203,15 @@ def origin(records: Sequence[dict]) -> str:
         raise ValueError(f"the records differ in one of {', '.join(alike)}: not one table")
     seconds = sum(r["training seconds"] for r in records)
     took = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
-    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in records))
+    by_command: dict[str, list[str]] = {}
+    for r in records:
+        by_command.setdefault(r["command"].replace(f" run {r['model']} ", " run NAME "), []).append(r["model"])
+    commands = "; ".join(
+        f"`{command.replace(' NAME ', f' {names[0]} ')}`"
+        if len(names) == 1
+        else f"`{command}` with the names " + ", ".join(f"`{name}`" for name in names)
+        for command, names in by_command.items()
+    )
     judge = first.get("classifier")
 
     def of(key: str, show: Callable[[Any], str] = str) -> str:

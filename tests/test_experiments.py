@@ -201,6 +201,18 @@ def test_what_records_do_not_share_is_told_of_each(tmp_path):
     assert "Epochs: 20. " in records.origin(found[:1])
 
 
+def test_commands_that_differ_in_the_name_alone_are_told_once(tmp_path):
+    commands = {name: f"run {name} --seeds 0" for name in ("a", "long_b")} | {"c": "run c --seeds 0,1"}
+    found = [
+        records.check(record(tmp_path / name / "mnist-full.json", command=f"python -m gae_core {command}"))
+        for name, command in commands.items()
+    ]
+    told = records.origin(found).split("Made by ")[1]
+    assert told == (
+        "`python -m gae_core run NAME --seeds 0` with the names `a`, `long_b`; `python -m gae_core run c --seeds 0,1`."
+    )
+
+
 def coin(data_name, size, seed, device):
     """A study without a model."""
     figure, axes = plots.plt.subplots()

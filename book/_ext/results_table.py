@@ -29,7 +29,7 @@ plots a curve of each record against the epochs, and
     ```
 
 shows all records that there are: for each set of runs that can stand side by side a table, a plot of the metrics with
-several sources of codes, what the runs cost, and a picture of samples of each model.
+several sources of codes, and folded up what the runs cost, and a picture of samples of each model.
 """
 
 import os
@@ -117,13 +117,15 @@ class ResultsAll(Parsing):
                     f"Fréchet distance by source of the codes, for {', '.join(names)}; the table above has the numbers."
                 )
                 text.append(figure(plot, page, alt, f"{title}. {caption}"))
-            text.append(cost(group))
+            more = [cost(group)]
             for name in names:
                 picture = folder / name / f"{stem}.png"
                 if picture.exists():
                     alt = f"Images from the model {name}, in one grid for each source of codes."
                     caption = f"{name.replace('_', ' ')}: images of its first seed from each source of codes."
-                    text.append(figure(picture, page, alt, caption))
+                    more.append(figure(picture, page, alt, caption))
+            body = "\n\n".join(more)
+            text.append(f"````{{dropdown}} What the runs took{', and images' * (len(more) > 1)}\n\n{body}\n````")
         return self.parse("\n\n".join(text))
 
 
@@ -159,12 +161,14 @@ def figure(path: Path, page: Path, alt: str, caption: str) -> str:
 
 def cost(group: list[dict]) -> str:
     """What the runs of a group took, as a table in Markdown."""
-    lines = ["| | samples a second | training, s | peak memory, MiB | of | commit |", "|---|---:|---:|---:|---|---|"]
+    of = {r.get("peak memory of", "") for r in group}
+    whose = f" of {of.pop()}" if len(of) == 1 and "" not in of else ""
+    lines = [f"| | samples a second | training, s | peak memory{whose}, MiB | commit |", "|---|---:|---:|---:|---|"]
     for r in group:
-        peak, of = r["peak memory, MiB"], r.get("peak memory of", "")
+        peak = r["peak memory, MiB"]
         lines.append(
             f"| {r['model'].replace('_', ' ')} | {r['samples a second']:,.0f} | {r['training seconds']:,.0f} "
-            f"| {'–' if peak is None else f'{peak:,.0f}'} | {of} | {r['commit'] or '–'} |"
+            f"| {'–' if peak is None else f'{peak:,.0f}'} | {r['commit'] or '–'} |"
         )
     return "\n".join(lines)
 
