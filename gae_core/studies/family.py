@@ -78,6 +78,7 @@ class Member:
         reconstruct: images, labels -> images.
         decode: codes -> images; with it a density can be fitted to the codes, and sampled.
         sample: n, generator -> images, by the model's own distribution.
+        fitted: the same, codes from a density that is fitted to them; None, with ``decode``, is a mixture of ten.
         log_density: noisy images, images without the noise, labels, :class:`Size` -> log-densities, (n,), in nats.
     """
 
@@ -86,6 +87,7 @@ class Member:
     reconstruct: Callable[[Tensor, Tensor], Tensor] | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     sample: Callable[[int, Generator], Tensor] | None = None
+    fitted: Callable[[int, Generator], Tensor] | None = None
     log_density: Callable[[Tensor, Tensor, Tensor, Size], Tensor] | None = None
 
 
@@ -270,7 +272,7 @@ def k_means(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     return Member(
         model.mu.numel() + DIM,
         reconstruct=lambda x, y: model(x),
-        sample=lambda n, g: model.mu[torch.multinomial(share, n, replacement=True, generator=g)],
+        fitted=lambda n, g: model.mu[torch.multinomial(share, n, replacement=True, generator=g)],
         log_density=lambda noisy, *_: gaussian_mixture_density(noisy, share, model.mu, covariances),
     )
 
@@ -371,7 +373,7 @@ def local_pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     return Member(
         model.mu.numel() + model.W.numel(),
         reconstruct=lambda x, y: model(x.double()).float(),
-        sample=sample,
+        fitted=sample,
         log_density=lambda noisy, *_: gaussian_mixture_density(noisy, share, model.mu, covariances),
     )
 
@@ -624,10 +626,13 @@ def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple
     if member.sample is not None:
         drawn = member.sample(len(x), generator).clamp(0, 1)
         found["Fréchet, own"], shown["samples"] = distance(drawn), drawn[:32]
+    fitted = member.fitted
     if member.decode is not None:
         seen = images.x_train[:5000].flatten(1)
         density = fit_gaussian_mixture(member.codes(seen, images.y_train[:5000]).double(), 10, seed=seed)
-        drawn = member.decode(density.sample(len(x), generator=generator).float()).clamp(0, 1)
+        fitted = lambda n, g: member.decode(density.sample(n, generator=g).float())  # noqa: E731
+    if fitted is not None:
+        drawn = fitted(len(x), generator).clamp(0, 1)
         found["Fréchet, fitted"], shown["samples, fitted"] = distance(drawn), drawn[:32]
     if member.log_density is not None:
         clean, labels = x[: size.density], y[: size.density]
@@ -665,8 +670,8 @@ def _run(name: str, data_name: str, size: str, seed: int, _device: torch.device)
     found, shown = measure(member, images, limits, seed)
     epochs = _settings(name, data_name, size)["epochs"]
     figure = plots.image_panels(shown, columns=8) if shown else None
-    rows = max(1, epochs) * len(x)
-    return Outcome({**found, "seconds, fit": busy}, member.parameters, seconds, rows, figure=figure)
+    rows, fitted = max(1, epochs) * len(x), name not in ("training_images", "t_sne")
+    return Outcome(found | ({"seconds, fit": busy} if fitted else {}), member.parameters, seconds, rows, figure=figure)
 
 
 STUDIES: dict[str, Study] = {
@@ -727,7 +732,10 @@ MAP = tuple(
             "| the likelihood | images",
             (0, 3, 1),
         ),
-        (f"k-means | gae | one of $K$ centres | comparison of all $K$ | nothing | {ERROR} | the centres", (1, 1, 0)),
+        (
+            f"k-means | gae | one of $K$ centres | comparison of all $K$ | nothing | {ERROR} | the centres, by their shares",
+            (1, 1, 0),
+        ),
         (
             "mixture of Gaussians | gae | one of $K$ components | Bayes' rule over all $K$ | its $K$ probabilities, "
             "learned | the likelihood | images",
