@@ -733,7 +733,8 @@ MAP = tuple(
             (0, 3, 1),
         ),
         (
-            f"k-means | gae | one of $K$ centres | comparison of all $K$ | nothing | {ERROR} | the centres, by their shares",
+            f"k-means | gae | one of $K$ centres | comparison of all $K$ | nothing | {ERROR} "
+            "| the centres, by their shares",
             (1, 1, 0),
         ),
         (
