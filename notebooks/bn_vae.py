@@ -115,8 +115,8 @@ legend = ax.legend()
 x_train, x_test = bn_vae.binary_images(images)
 shape = tuple(x_train.shape[1:])
 STEPS = 120 if SIZE == "short" else 5000
-x_train = x_train[:9600] if SIZE == "short" else x_train
-x_test = x_test[:: max(1, len(x_test) // 2000)]
+x_train = x_train[:8960] if SIZE == "short" else x_train
+x_test = x_test[:: max(1, len(x_test) // 1000)]
 
 
 def fit(norm, steps=STEPS, start=None):
@@ -170,7 +170,7 @@ print("no norm: below a nat at some step:", float(histories["no norm"]["kl"].min
 # the model is no worse for it (NLL). Predict: which column tells a used code from a useless one, and which does not?
 
 # %%
-n_images, n_samples = (100, 20) if SIZE == "short" else (1000, 200)
+n_images, n_samples = (50, 20) if SIZE == "short" else (1000, 200)
 measured = {
     name: bn_vae.measure(m, x_test, images=n_images, samples=n_samples, seed=SEED) for name, m in models.items()
 }

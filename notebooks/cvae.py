@@ -85,7 +85,7 @@ for bad in (torch.tensor([10]), torch.tensor([0.0])):
     except ValueError as error:
         print("refused:", error)
 
-# %% mystnb={"figure": {"name": "fig-cvae-classes", "caption": "A row for each label: the label beside both networks, and in the prior's mean alone."}, "image": {"alt": "Two grids of ten rows of ten digits. In the left one each row shows the digit of its number in ten hands. In the right one most do, and some rows contain other digits."}}
+# %% mystnb={"figure": {"name": "fig-cvae-classes", "caption": "A row for each label: the label beside both networks, and in the prior's mean alone."}, "image": {"alt": "Two grids of ten rows of ten digits. In the left one most images of a row show the digit of its number, in several hands. In the right one the rows mix digits: the classes overlap."}}
 asked = torch.arange(10).repeat_interleave(10)
 grids = {title: model.sample(100, asked, generator=seeded(0)) for title, model in models.items()}
 figure = plots.image_panels(grids, columns=10, per_row=2, size=4)

@@ -103,7 +103,8 @@ print("the score function gets noisier as sigma goes to 0:", bool(measured[0][0]
 
 # %%
 DIM = 16
-EPOCHS = max(1, round((60_000 if SIZE == "short" else 1_200_000) / len(images.x_train)))
+ROWS = 26_000 if SIZE == "short" else 1_200_000  # seen by each training
+EPOCHS = max(1, round(ROWS / len(images.x_train)))
 
 
 def pair(dim, heads=2, output=nn.Identity):
@@ -114,9 +115,10 @@ def pair(dim, heads=2, output=nn.Identity):
     return encoder, decoder
 
 
-def fit(model, rows=None):
-    rate = dict(batch_size=128, lr=2e-3, schedule=lambda t: 1 - 0.9 * t, seed=SEED, device=device, progress=False)
-    train.fit(model, images.x_train[:rows], epochs=EPOCHS, **rate)
+def fit(model, rows=ROWS):
+    rate = dict(lr=2e-3, schedule=lambda t: 1 - 0.9 * t, seed=SEED, device=device, progress=False)
+    batch_size = 64 if SIZE == "short" else 128
+    train.fit(model, images.x_train[:rows], epochs=EPOCHS, batch_size=batch_size, **rate)
     return model.cpu()
 
 
@@ -146,7 +148,7 @@ print(f"five trainings of {len(vae.medians)} steps: {time.perf_counter() - start
 
 # %%
 grey = data.to_unit(images.x_test)
-binary = torch.bernoulli(grey[:: max(1, len(grey) // 500)], generator=torch.Generator().manual_seed(SEED))
+binary = torch.bernoulli(grey[:: max(1, len(grey) // 300)], generator=torch.Generator().manual_seed(SEED))
 mu, logvar = metrics.in_batches(vae.posterior, binary)
 generator = torch.Generator().manual_seed(SEED)
 negative_elbo = importance_weighted_nll(vae, binary, samples=1, generator=generator)
@@ -268,7 +270,7 @@ print("it reconstructs them better than the VAE does:", errors["plain autoencode
 # %%
 flat = {}
 for beta in (0.0, 1.0, 4.0):
-    flat[beta] = fit(VAE(*pair(2), 2, beta=beta, binarise=True), rows=len(images.x_train) // 2)
+    flat[beta] = fit(VAE(*pair(2), 2, beta=beta, binarise=True), rows=ROWS // 2)
 clouds, table = {}, {}
 for beta, model in flat.items():
     mu, logvar = metrics.in_batches(model.posterior, grey)
