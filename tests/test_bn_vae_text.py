@@ -464,7 +464,7 @@ def test_methods_are_made_as_they_are_named():
     assert made("bn_1.2").norm.gamma == 1.2 and made("coupled_0.2").norm.tau == 0.2
     assert made("delta").norm.delta == 0.25 and made("annealed").warmup == 50
     assert made("beta").beta == 0.4 and made("free_bits").free_bits == 0.25 and made("plain").norm is None
-    assert made("aggressive").players["encoder"][1] == 10
+    assert made("aggressive").players["encoder"][1] == made("aggressive_half").players["encoder"][1] == 10
     assert study.settings(study.METHODS["bn_0.7_adam"][1], "learnable", "medium")["lr"] == 3e-3
     assert torch.equal(made("plain").decoder.out.weight, made("bn_0.7").decoder.out.weight)  # the same start
 
