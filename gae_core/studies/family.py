@@ -705,9 +705,9 @@ class Place:
         assumed: what is assumed of its distribution.
         maximised: what the training maximises.
         sampled: what can be sampled.
-        found: one of :data:`FOUND`.
-        known: one of :data:`KNOWN`.
-        goal: one of :data:`GOALS`.
+        found: one of ``FOUND``.
+        known: one of ``KNOWN``.
+        goal: one of ``GOALS``.
     """
 
     model: str

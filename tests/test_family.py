@@ -1,0 +1,379 @@
+"""The family: one line for its models, the relatives' algorithms, densities to be compared, the map, the study."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import mpmath as mp
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+from helpers import assert_z
+from scipy.spatial.distance import pdist, squareform
+
+from gae_core import metrics
+from gae_core.gaussian import standard_normal_log_prob
+from gae_core.models.local_linear import factor_log_likelihood, nmf_step
+from gae_core.sampling import GaussianMixture
+from gae_core.studies import family
+
+ROOT = Path(__file__).parents[1]
+CHAPTER = (ROOT / "book" / "family.md").read_text(encoding="utf-8")
+
+
+# ---- one line for most of them -----------------------------------------------------------------------------------
+
+
+def finite(seed, codes=6):
+    """Log q(z) q(x | z) at one x for each code, and another distribution r of codes."""
+    rng = np.random.default_rng(seed)
+    joint = np.log(rng.dirichlet(np.ones(codes))) + rng.normal(-5, 3, codes)
+    return joint, rng.dirichlet(np.ones(codes))
+
+
+def free_energy(joint, r):
+    return (r * joint).sum() - (r * np.log(r)).sum()
+
+
+@pytest.mark.checks("eq-family-free-energy", how="exact")
+def test_the_gap_of_the_free_energy_is_a_divergence():
+    mp.mp.dps = 40
+    for seed in range(5):
+        joint, r = ([mp.mpf(float(v)) for v in values] for values in finite(seed))
+        total = mp.fsum(r)
+        r = [v / total for v in r]
+        evidence = mp.log(mp.fsum(mp.exp(v) for v in joint))
+        posterior = [mp.exp(v) / mp.fsum(mp.exp(u) for u in joint) for v in joint]
+        bound = mp.fsum(a * b for a, b in zip(r, joint, strict=True)) - mp.fsum(v * mp.log(v) for v in r)
+        gap = mp.fsum(a * mp.log(a / b) for a, b in zip(r, posterior, strict=True))
+        assert abs(bound + gap - evidence) < mp.mpf(10) ** -35
+        assert gap > 0
+
+
+@pytest.mark.checks("eq-family-chain", how="exact")
+def test_the_point_is_below_the_cloud_and_that_below_all():
+    for seed in range(20):
+        joint, _ = finite(seed)
+        best, evidence = joint.max(), np.logaddexp.reduce(joint)
+        point = np.where(np.arange(6) == joint.argmax(), 1, 0)
+        assert (point[point > 0] * (joint[point > 0] - np.log(point[point > 0]))).sum() == best  # 0 log 0 = 0
+        # R: point masses, and everything on the three likeliest codes
+        top = np.sort(joint)[-3:]
+        restricted = np.logaddexp.reduce(top)  # the maximum of F on a subset of codes is the log-sum over it
+        r = np.exp(top - restricted)
+        assert free_energy(top, r) == pytest.approx(restricted, abs=1e-12)
+        rng = np.random.default_rng(seed)
+        assert all(free_energy(top, other) <= restricted for other in rng.dirichlet(np.ones(3), 50))
+        assert best < restricted < evidence < best + math.log(6)
+
+
+@pytest.mark.checks("eq-family-point-mass", how="symbolic")
+def test_a_point_is_a_narrow_gaussian_without_its_entropy():
+    s, z, t = sp.symbols("s z t", positive=True)
+    u = sp.symbols("u", real=True)
+    value = -(z**2) / 2 - sp.cos(z) - z**4 / 7  # any smooth l; its mean under N(t, s^2)
+    density = sp.exp(-(u**2) / 2) / sp.sqrt(2 * sp.pi)
+    mean = sp.integrate(sp.expand((-((t + s * u) ** 2) / 2 - (t + s * u) ** 4 / 7) * density), (u, -sp.oo, sp.oo))
+    mean -= sp.cos(t) * sp.exp(-(s**2) / 2)  # the characteristic function of the Gaussian
+    assert sp.simplify(sp.limit(mean, s, 0) - value.subs(z, t)) == 0
+    entropy = sp.log(2 * sp.pi * sp.E * s**2) / 2
+    assert sp.limit(mean + entropy, s, 0, "+") == -sp.oo  # with the entropy nothing is left
+
+
+@pytest.mark.checks("eq-family-laplace", how="exact")
+def test_the_best_gaussian_gives_the_likelihood_where_it_is_quadratic():
+    generator = torch.Generator().manual_seed(0)
+    W, mu, sigma = torch.randn(5, 3, generator=generator).double(), torch.zeros(5).double(), 0.7
+    x = torch.randn(1, 5, generator=generator).double()
+    H = W.T @ W / sigma**2 + torch.eye(3).double()
+    z = torch.linalg.solve(H, W.T @ (x - mu)[0] / sigma**2)
+    residual = ((x - mu)[0] - W @ z) / sigma
+    value = float(standard_normal_log_prob(z[None]) + standard_normal_log_prob(residual[None])) - 5 * math.log(sigma)
+    exact = float(factor_log_likelihood(x, mu, W, torch.full((5,), sigma**2, dtype=torch.float64)))
+
+    def bound(S):
+        entropy = 0.5 * torch.logdet(2 * math.pi * math.e * S)
+        return float(value - 0.5 * (H @ S).trace() + entropy)
+
+    best = torch.linalg.inv(H)
+    assert bound(best) == pytest.approx(exact, abs=1e-12)
+    assert value + 1.5 * math.log(2 * math.pi) - 0.5 * float(torch.logdet(H)) == pytest.approx(exact, abs=1e-12)
+    for i in range(20):
+        A = torch.randn(3, 3, generator=generator).double()
+        assert bound(best + 0.01 * (i + 1) * A @ A.T) < exact
+
+
+# ---- the relatives -----------------------------------------------------------------------------------------------
+
+
+def non_negative(seed, entries=7, codes=4):
+    rng = np.random.default_rng(seed)
+    return rng.random((entries, codes)), rng.random(entries), rng.random(codes) + 0.01
+
+
+def multiplied(W, x, z):
+    return z * (W.T @ x) / (W.T @ W @ z)
+
+
+@pytest.mark.checks("eq-family-nmf", how="exact")
+def test_multiplying_never_increases_the_error_and_is_what_scikit_learn_does():
+    from sklearn.decomposition import non_negative_factorization
+
+    for seed in range(20):
+        W, x, z = non_negative(seed)
+        errors = []
+        for _ in range(200):
+            errors.append(((x - W @ z) ** 2).sum())
+            z = multiplied(W, x, z)
+        assert (np.diff(errors) <= 1e-14).all()
+        assert errors[-1] < errors[0]
+    W, x, _ = non_negative(0)
+    options = {"n_components": 4, "update_H": False, "solver": "mu", "max_iter": 1, "tol": 0, "init": "custom"}
+    theirs, _, _ = non_negative_factorization(x[None], None, W.T.copy(), **options)
+    start = np.full(4, math.sqrt(x.mean() / 4))  # where scikit-learn begins for a given W
+    np.testing.assert_allclose(theirs[0], multiplied(W, x, start), rtol=1e-6)
+
+
+@pytest.mark.checks("eq-family-nmf-majorise", how="exact")
+def test_the_quadratic_lies_above_the_error_touches_it_and_is_least_at_the_update():
+    for seed in range(20):
+        W, x, z = non_negative(seed)
+        A = W.T @ W
+        gradient, K = A @ z - W.T @ x, np.diag(A @ z / z)
+
+        def error(z, W=W, x=x):
+            return 0.5 * ((x - W @ z) ** 2).sum()
+
+        def above(other, z=z, gradient=gradient, K=K, error=error):
+            return error(z) + (other - z) @ gradient + 0.5 * (other - z) @ K @ (other - z)
+
+        rng = np.random.default_rng(seed)
+        assert above(z) == pytest.approx(error(z), abs=1e-14)
+        for other in rng.normal(0, 3, (50, 4)):
+            assert above(other) >= error(other) - 1e-12
+        update = multiplied(W, x, z)
+        assert all(above(update) <= above(update + d) for d in rng.normal(0, 0.1, (20, 4)))
+        assert np.linalg.eigvalsh(K - A).min() >= -1e-10
+        with pytest.raises(AssertionError):  # half of K is not enough
+            assert np.linalg.eigvalsh(K / 2 - A).min() >= -1e-10
+
+
+def test_a_zero_stays_zero_and_the_coordinate_step_leaves_it():
+    W, x, z = np.array([[1, 0.5], [0.5, 1]]), np.array([1.5, 1.5]), np.array([1.0, 0.0])
+    for _ in range(100):
+        z = multiplied(W, x, z)
+    np.testing.assert_allclose(z, [1.8, 0])  # as in the exercise
+    assert ((x - W @ z) ** 2).sum() == pytest.approx(0.45)
+    code = torch.from_numpy(z)[None]
+    for _ in range(200):
+        code = nmf_step(torch.from_numpy(x)[None], code, torch.from_numpy(W).T)
+    torch.testing.assert_close(code, torch.ones(1, 2, dtype=torch.float64))
+
+
+def lle_weights(x, near, share=0.0):
+    C = (x - near) @ (x - near).T
+    C = C + share * np.trace(C) * np.eye(len(C))
+    w = np.linalg.solve(C, np.ones(len(C)))
+    return w / w.sum()
+
+
+@pytest.mark.checks("eq-family-lle-weights", how="exact")
+def test_the_weights_are_scikit_learns_and_the_constrained_minimum():
+    from sklearn.manifold._locally_linear import barycenter_weights
+
+    rng = np.random.default_rng(0)
+    x, near = rng.normal(size=6), rng.normal(size=(4, 6))
+    data, neighbours = np.vstack([x, near]), np.array([[1, 2, 3, 4]])
+    for share in (0, 1e-3):  # scikit-learn adds a share of the trace
+        theirs = barycenter_weights(data[:1], data, neighbours, reg=share)[0]
+        np.testing.assert_allclose(lle_weights(x, near, share), theirs, rtol=1e-7)
+    w = lle_weights(x, near)
+    # an independent method: eliminate the constraint and solve ordinary least squares
+    free = np.linalg.lstsq((near[:-1] - near[-1]).T, x - near[-1], rcond=None)[0]
+    np.testing.assert_allclose(w, [*free, 1 - free.sum()], rtol=1e-8)
+
+
+@pytest.mark.checks("eq-family-lle-invariance", how="exact")
+@pytest.mark.parametrize("share", [0.0, 1e-3])
+def test_the_weights_do_not_see_turns_scales_and_shifts(share):
+    rng = np.random.default_rng(1)
+    x, near = rng.normal(size=6), rng.normal(size=(4, 6))
+    Q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    moved = [-1.7 * v @ Q.T + np.arange(6) for v in (x, near)]
+    w = lle_weights(x, near, share)
+    np.testing.assert_allclose(lle_weights(*moved, share), w, atol=1e-11)
+    shear = np.eye(6) + np.triu(np.ones((6, 6)), 1)
+    assert np.abs(lle_weights(x @ shear, near @ shear, share) - w).max() > 0.01
+
+
+@pytest.mark.checks("eq-family-tsne", how="exact")
+def test_the_gradient_of_t_sne_is_autograds_and_scikit_learns():
+    from sklearn.manifold._t_sne import _kl_divergence
+
+    rng = np.random.default_rng(0)
+    n = 8
+    p = rng.random((n, n)) * (1 - np.eye(n))
+    p = (p + p.T) / (p + p.T).sum()
+    y = torch.from_numpy(rng.normal(size=(n, 2))).requires_grad_()
+    off = ~torch.eye(n, dtype=torch.bool)
+    w = 1 / (1 + (y[:, None] - y).square().sum(2))
+    q = w / w[off].sum()
+    P = torch.from_numpy(p)
+    loss = (P[off] * (P[off] / q[off]).log()).sum()
+    (slope,) = torch.autograd.grad(loss, y)
+    with torch.no_grad():
+        ours = 4 * (((P - q) * w * off)[..., None] * (y[:, None] - y)).sum(1)
+    torch.testing.assert_close(ours, slope, rtol=1e-10, atol=1e-14)
+    divergence, theirs = _kl_divergence(y.detach().numpy().ravel(), squareform(p, checks=False), 1, n, 2)
+    assert divergence == pytest.approx(loss.item(), rel=1e-10)
+    np.testing.assert_allclose(theirs.reshape(n, 2), ours.numpy(), rtol=1e-8, atol=1e-12)
+
+
+# ---- how to compare ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.checks("eq-family-units", how="exact")
+def test_a_density_has_units():
+    generator = torch.Generator().manual_seed(0)
+    D, c = 6, 255.0
+    A = torch.randn(D, D, generator=generator).double()
+    covariance = A @ A.T + torch.eye(D).double()
+    x = torch.randn(4, D, generator=generator).double()
+    q = torch.distributions.MultivariateNormal(torch.ones(D).double(), covariance)
+    scaled = torch.distributions.MultivariateNormal(c * torch.ones(D).double(), c**2 * covariance)
+    torch.testing.assert_close(scaled.log_prob(c * x), q.log_prob(x) - D * math.log(c), rtol=1e-12, atol=0)
+    assert f"{784 * math.log(255):,.0f} nats" in CHAPTER
+
+
+def brute_trustworthiness(x, z, k):
+    """By the definition, with loops."""
+    n = len(x)
+    near, far = squareform(pdist(z)), squareform(pdist(x))
+    total = 0
+    for i in range(n):
+        ranks = {j: r for r, j in enumerate(sorted(set(range(n)) - {i}, key=lambda j: far[i, j]), start=1)}
+        chosen = sorted(set(range(n)) - {i}, key=lambda j: near[i, j])[:k]
+        total += sum(max(0, ranks[j] - k) for j in chosen)
+    return 1 - 2 * total / (n * k * (2 * n - 3 * k - 1))
+
+
+def test_trustworthiness_is_its_definition():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 5))
+    for z in (x[:, :2], rng.normal(size=(60, 3)), 7 * x):
+        found = metrics.trustworthiness(*(torch.from_numpy(np.ascontiguousarray(v)) for v in (x, z)), 12)
+        assert found == pytest.approx(brute_trustworthiness(x, z, 12), abs=1e-12)
+    assert metrics.trustworthiness(torch.from_numpy(x), torch.from_numpy(7 * x)) == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "z", "k", "match"),
+    [
+        (torch.rand(30, 2), torch.rand(29, 2), 12, "29 and 30 rows"),
+        (torch.rand(20, 2), torch.rand(20, 2), 10, "k=10"),
+        (torch.rand(30, 2), torch.full((30, 2), math.nan), 12, "finite"),
+    ],
+)
+def test_trustworthiness_refuses(x, z, k, match):
+    with pytest.raises(ValueError, match=match):
+        metrics.trustworthiness(x, z, k)
+
+
+@pytest.mark.checks("eq-family-chance", how="statistical")
+def test_codes_that_know_nothing_have_half_the_trustworthiness():
+    n, k = 50, 12
+    expected = 1 - (n - k) * (n - k - 1) / ((n - 1) * (2 * n - 3 * k - 1))
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(200):
+        x, z = (torch.from_numpy(rng.normal(size=(n, 3))) for _ in range(2))
+        values.append(metrics.trustworthiness(x, z, k))
+    assert_z(values, expected)
+    assert expected == pytest.approx(0.545, abs=5e-4)  # as in the exercise
+    assert np.mean(values) > 0.52  # not one half at this n
+
+
+# ---- the study ---------------------------------------------------------------------------------------------------
+
+
+def test_the_importance_estimate_is_exact_for_a_linear_decoder_and_never_above_on_average():
+    generator = torch.Generator().manual_seed(0)
+    W, mu = torch.randn(6, 2, generator=generator).double(), torch.randn(6, generator=generator).double()
+    x = torch.randn(5, 6, generator=generator).double()
+    exact = family.linear_density(x, mu, W, 0.3)
+    torch.testing.assert_close(exact, factor_log_likelihood(x, mu, W, torch.full((6,), 0.3, dtype=torch.float64)))
+
+    def decode(z):
+        return mu + z @ W.T
+
+    options = {"sigma": math.sqrt(0.3), "generator": generator}
+    start = torch.zeros(5, 2).double()
+    torch.testing.assert_close(family.decoder_density(decode, x, start, draws=1, **options), exact)
+    # with a mixture as prior the proposal is not the posterior: below on average, near with many draws
+    means = torch.tensor([[3.0, 0], [-3, 1]], dtype=torch.float64)
+    prior = GaussianMixture(torch.full((2,), 0.5).double(), means, torch.eye(2).double().expand(2, 2, 2))
+    options = {"sigma": 2.0, "prior": prior, "generator": generator}
+    exact = family.linear_density(x[:1], mu, W, 4.0, prior)
+    many = family.decoder_density(decode, x[:1], start[:1], draws=100_000, **options)
+    torch.testing.assert_close(many, exact, atol=0.01, rtol=0)
+    few = family.decoder_density(decode, x[:1].expand(1000, -1), start[:1].expand(1000, -1), draws=1, **options)
+    assert few.mean() + 4 * few.std() / 1000**0.5 < exact[0]
+
+
+@pytest.mark.parametrize("name", ["pca", "ppca", "k_means", "mixture", "local_pca"])
+def test_exact_densities_integrate_to_one(name):
+    """In the plane of two pixels, on a grid."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(300, 12, generator=generator)
+    x[:, 1] = 0.3 * x[:, 0] + 0.1
+    size = family.SIZES["short"]
+    member = family.fit(name, x, torch.arange(300) % 10, size, 0)
+    # importance weights of a wide Gaussian have the mean 1
+    proposal = torch.distributions.MultivariateNormal(
+        x.mean(0).double(), 1.5 * torch.cov(x.T.double()) + 0.03 * torch.eye(12)
+    )
+    torch.manual_seed(0)
+    draws = proposal.sample((20_000,))
+    weights = (member.log_density(draws, draws, None, size) - proposal.log_prob(draws)).exp()
+    assert_z(weights.numpy(), 1.0)
+
+
+@pytest.mark.parametrize("name", family.MEMBERS)
+def test_a_member_measures_what_it_can_and_nothing_else(name):
+    size = dataclasses.replace(family.SIZES["short"], epochs=1)
+    images = family.images_of("digits", "short")
+    member = family.fit(name, images.x_train.flatten(1), images.y_train, size, 0)
+    found, shown = family.measure(member, images, size, 0)
+    assert ("squared error a pixel" in found) == (member.reconstruct is not None)
+    assert ("trustworthiness" in found) == (member.codes is not None)
+    assert all(math.isfinite(v) for v in found.values())
+    assert all(v.shape[1:] == (1, 8, 8) for v in shown.values())
+    assert (name in ("lle", "t_sne")) == (not any(key.startswith("Fréchet") for key in found))
+
+
+def test_members_are_the_methods_that_they_are_named_after():
+    from sklearn.decomposition import PCA
+
+    images, size = family.images_of("digits", "short"), family.SIZES["short"]
+    x, test = images.x_train.flatten(1), images.x_test.flatten(1)
+    known = PCA(family.DIM, svd_solver="full").fit(x.numpy())
+    member = family.fit("pca", x, images.y_train, size, 0)
+    back = known.inverse_transform(known.transform(test.numpy()))
+    torch.testing.assert_close(member.reconstruct(test, None), torch.from_numpy(back), rtol=0, atol=1e-5)
+    ppca = family.fit("ppca", x, images.y_train, size, 0)
+    noisy = PCA(family.DIM, svd_solver="full").fit(x.double().numpy())
+    covariance = torch.from_numpy(noisy.get_covariance()) * (len(x) - 1) / len(x) + family.NOISE**2 * torch.eye(64)
+    normal = torch.distributions.MultivariateNormal(x.double().mean(0), covariance)
+    found = ppca.log_density(test.double(), test, None, size)
+    torch.testing.assert_close(found, normal.log_prob(test.double()), rtol=0, atol=1e-4)
+
+
+def test_the_map_of_the_chapter_is_the_map_of_the_code():
+    assert family.map_table() in CHAPTER
+    for place in family.MAP:
+        assert place.found in family.FOUND
+        assert place.known in family.KNOWN
+        assert place.goal in family.GOALS
+        assert (place.known == "no decoder") == (place.goal == "neighbours")
+        assert (ROOT / "book" / f"{place.chapter}.md").exists()
