@@ -99,10 +99,10 @@ errors = {}
 for share in (0.2, 0.6, 0.97, 1.01):
     gae = GAE(decoder, 3, steps=1, step_size=share * limit, sigma=sigma)
     with torch.no_grad():
-        errors[share] = [float((gae.infer(x, steps=t)[0] - best).norm()) for t in range(0, 201, 5)]
+        errors[share] = [float((gae.infer(x, steps=t)[0] - best).norm()) for t in range(0, 201, 10)]
 figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
 for share, error in errors.items():
-    ax.semilogy(range(0, 201, 5), error, label=f"{share} of the limit")
+    ax.semilogy(range(0, 201, 10), error, label=f"{share} of the limit")
 ax.set(xlabel="steps", ylabel="distance from the maximum")
 legend = ax.legend(fontsize=8)
 
@@ -110,7 +110,7 @@ legend = ax.legend(fontsize=8)
 for share, error in errors.items():
     print(f"{share} of the limit:", "converges" if error[-1] < error[0] else "diverges")
 exact = -factor_log_likelihood(x, mu, W, torch.full((6,), sigma**2, dtype=torch.float64))
-gae = GAE(decoder, 3, steps=500, step_size=0.5 * limit, sigma=sigma)
+gae = GAE(decoder, 3, steps=300, step_size=0.5 * limit, sigma=sigma)
 print("Laplace's correction makes the value the likelihood:", torch.allclose(gae.laplace_nll(x), exact))
 print("the maximum alone is the likelihood:", torch.allclose(gae.loss(x).total, exact))
 
@@ -257,7 +257,7 @@ print("the best soft start is better than the best of the others:", better)
 
 # %%
 images = data.example_images()
-x = data.to_unit(images.x_train[: 3000 if SIZE == "short" else 60_000]).to(device)
+x = data.to_unit(images.x_train[: 2000 if SIZE == "short" else 60_000]).to(device)
 dim, epochs = 8, {"digits": 40}.get(images.name, 10 if SIZE == "short" else 30)
 ascent = {"steps": 6, "step_size": 0.02, "sigma": 0.3}
 histories, models = {}, {}
