@@ -145,31 +145,33 @@ print("t-SNE's gradient is the formula's:", torch.allclose(y.grad, formula))
 
 # %% mystnb={"figure": {"name": "fig-family-map", "caption": "How a code is found, against what is assumed of its distribution; the colour says what is maximised."}, "image": {"alt": "A grid with five rows, how a code is found, and four columns, what is assumed of its distribution, with the names of the models in coloured boxes."}}
 colours = dict(zip(family.GOALS, ("#9ecae1", "#a1d99b", "#fdd0a2", "#dadaeb", "#fcaeae"), strict=True))
-line, gap = 0.2, 0.08  # height of a line of text and of the space between two boxes, in rows
+line, gap = 0.23, 0.09  # height of a line of text and of the space between two boxes, in rows
 figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
 for row, found in enumerate(family.FOUND):
     for column, known in enumerate(family.KNOWN):
         here = [place for place in family.MAP if (place.found, place.known) == (found, known)]
         names = [
-            textwrap.fill(place.model.replace("autoencoder", "autoenc."), 15, break_on_hyphens=False) for place in here
+            textwrap.fill(place.model.replace("autoencoder", "autoenc."), 13, break_on_hyphens=False) for place in here
         ]
         heights = [line * (name.count("\n") + 1) for name in names]
         at = row - (sum(heights) + gap * (len(names) - 1)) / 2
         for place, name, height in zip(here, names, heights, strict=True):
             box = {"boxstyle": "round,pad=0.1", "facecolor": colours[place.goal], "edgecolor": "none"}
-            text = {"ha": "center", "va": "center", "fontsize": 9.5, "linespacing": 0.95, "color": "black"}
+            text = {"ha": "center", "va": "center", "fontsize": 12, "linespacing": 0.95, "color": "black"}
             ax.text(column, at + height / 2, name, bbox=box, **text)
             at += height + gap
 for goal, colour in colours.items():
     ax.scatter([], [], marker="s", s=90, color=colour, label=goal)
-ax.set(xlim=(-0.5, 3.5), ylim=(4.5, -0.5), xlabel="assumed of the codes", ylabel="a code is found by")
-ax.set_xticks(range(4), family.KNOWN, fontsize=10)
-ax.set_yticks(range(5), [found.replace(" ", "\n") for found in family.FOUND], fontsize=10)
+ax.set(xlim=(-0.5, 3.5), ylim=(4.5, -0.5))
+ax.set_xlabel("assumed of the codes", fontsize=12)
+ax.set_ylabel("a code is found by", fontsize=12)
+ax.set_xticks(range(4), family.KNOWN, fontsize=12)
+ax.set_yticks(range(5), [found.replace(" ", "\n") for found in family.FOUND], fontsize=12)
 ax.set_xticks([0.5, 1.5, 2.5], minor=True)
 ax.set_yticks([0.5, 1.5, 2.5, 3.5], minor=True)
 ax.grid(which="minor", color="0.8")
 ax.tick_params(which="both", length=0)
-legend = figure.legend(loc="outside upper center", ncols=3, fontsize=9.5, frameon=False, handletextpad=0.2)
+legend = figure.legend(loc="outside upper center", ncols=3, fontsize=12, frameon=False, handletextpad=0.2)
 
 # %% tags=["nbval-check-output"]
 direct = [place.model for place in family.MAP if place.known == "in the model"]
@@ -228,7 +230,7 @@ assert shift > max(r[columns[3]] for r in trained.values()) - min(r[columns[3]] 
 
 # %% mystnb={"figure": {"name": "fig-family-images", "caption": "Left: held-out digits and their reconstructions. Right: samples, of the model's own distribution where it has one, else from a density fitted to the codes."}, "image": {"alt": "Two columns of rows of digits. Left, test images and reconstructions by six models; right, training images and samples of the same models."}}
 chosen = {"pca": "PCA", "local_pca": "local PCA", "gae": "GAE", "eae": "EAE", "vae": "VAE", "gan": "GAN"}
-figure, axes = plt.subplots(len(chosen) + 1, 2, figsize=(7.5, 5), layout="constrained")
+figure, axes = plt.subplots(len(chosen) + 1, 2, figsize=(6, 5), layout="constrained")
 rows = [("test images", shown["pca"]["test images"], "training images", shown["training_images"]["samples"])]
 for name, title in chosen.items():
     kind = "samples" if "samples" in shown[name] else "samples, fitted"
