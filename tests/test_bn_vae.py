@@ -622,6 +622,7 @@ def test_the_chapters_reading_of_the_recorded_runs():
     above = (values("tau0.5", "KL")[0] - values("tau0.5", "floor of the KL")[0]) / 16
     assert (2 - math.log(3)) / 2 < above < (0.5772156649 + math.log(2)) / 2
     assert values("tau0.5", "floor of the KL")[0] == pytest.approx(9, abs=0.1)
+    assert study.floor(CoupledBatchNorm(16, 0.5)) == pytest.approx(11.1, abs=0.05)
 
     collapsed, kept = "none_beta2", "gamma0.7_beta2"
     assert values(collapsed, "active units")[0] == 0 and values(kept, "active units")[0] == 16
