@@ -1,12 +1,23 @@
-"""The deep image prior: its network, its loss and averages, and that finite time is what it denoises by."""
+"""Image priors: early stopping, averages, the network and its records; maximal activation with and without log q(x)."""
 
+import contextlib
+import importlib.util
+import json
 import math
+from fractions import Fraction
 
+import mpmath as mp
+import numpy as np
 import pytest
+import sympy as sp
 import torch
+from helpers import assert_z
+from scipy import optimize
 
 from gae_core import train
 from gae_core.models.image_prior import Hourglass, ImagePrior, psnr
+from gae_core.sampling import mala
+from gae_core.studies import image_prior as study
 
 
 def prior(shape=(1, 16, 16), **options):
@@ -71,3 +82,272 @@ def test_it_learns_the_image_before_the_noise():
     assert best > psnr(noisy, clean) + 3  # it denoises
     assert to_noisy[-1] > to_noisy[100] + 0.5  # and goes on towards the noise
     assert psnr(model.averaged, clean) > to_clean[-1]
+
+
+def linear(seed=0, pixels=5, weights=8):
+    """Jacobian J (pixels, weights), eigenvalues and eigenvectors of J J', start f0 and clean image c."""
+    rng = np.random.default_rng(seed)
+    J = rng.normal(size=(pixels, weights))
+    return J, *np.linalg.eigh(J @ J.T), rng.normal(size=pixels), 2 * rng.normal(size=pixels)
+
+
+def descend(J, f0, x, eta, steps, *, A=None):
+    """Outputs f0 + J theta after gradient steps on |A f - x|^2 / 2 in the weights theta, from 0; x (..., seen)."""
+    A = np.eye(len(J)) if A is None else A
+    theta = np.zeros((*x.shape[:-1], J.shape[1]))
+    for _ in range(steps):
+        theta -= eta * ((f0 + theta @ J.T) @ A.T - x) @ A @ J
+    return f0 + theta @ J.T
+
+
+@pytest.mark.checks("eq-image_prior-maximum", how="exact")
+def test_the_maximum_over_the_weights_fits_noise_and_finite_steps_denoise():
+    """The source's loss, the maximum over the weights, is 0 for an image and for noise; its output is no estimate."""
+    J, values, vectors, f0, _ = linear()
+    rng = np.random.default_rng(1)
+    for x in (np.ones(5), rng.normal(size=5)):
+        theta = np.linalg.lstsq(J, x - f0, rcond=None)[0]
+        assert -np.square(f0 + J @ theta - x).sum() == pytest.approx(0, abs=1e-24)
+    # An image on the leading eigenvector, and noise: at the maximum the error is all of the noise, before it is less.
+    clean, eta = f0 + 3 * vectors[:, -1], 1 / values[-1]
+    noisy = clean + 0.5 * rng.normal(size=(4000, 5))
+    at_maximum = np.square(descend(J, f0, noisy, eta, 3000) - clean).sum(1)
+    early = np.square(descend(J, f0, noisy, eta, 1) - clean).sum(1)
+    assert_z(at_maximum, 5 * 0.25)
+    assert early.mean() < 0.7 * at_maximum.mean()
+
+
+@pytest.mark.checks("eq-image_prior-residual", how="exact")
+@pytest.mark.parametrize("seed", range(3))
+def test_the_residual_of_descent_in_the_weights(seed):
+    J, values, vectors, f0, x = linear(seed)
+    K = J @ J.T
+    np.testing.assert_allclose((vectors * values) @ vectors.T, K, atol=1e-12)
+    eta = 0.9 / values[-1]
+    for t in (0, 1, 7, 50):
+        expected = np.linalg.matrix_power(np.eye(5) - eta * K, t) @ (f0 - x)
+        residual = descend(J, f0, x, eta, t) - x
+        np.testing.assert_allclose(residual, expected, atol=1e-11)
+        np.testing.assert_allclose(vectors.T @ residual, (1 - eta * values) ** t * (vectors.T @ (f0 - x)), atol=1e-11)
+    start = np.linalg.norm(f0 - x)
+    assert np.linalg.norm(descend(J, f0, x, 1.99 / values[-1], 3000) - x) < start / 100
+    assert np.linalg.norm(descend(J, f0, x, 2.01 / values[-1], 3000) - x) > 1e6 * start
+
+
+@pytest.mark.checks("eq-image_prior-error", how="statistical")
+@pytest.mark.checks("eq-image_prior-best-time", how="symbolic")
+def test_the_expected_error_of_early_stopping():
+    J, values, vectors, f0, clean = linear(2)
+    eta, sigma = 0.8 / values[-1], 0.7
+    rho, b = 1 - eta * values, vectors.T @ (clean - f0)
+    noisy = clean + sigma * np.random.default_rng(3).normal(size=(20_000, 5))
+
+    def parts(t):
+        return np.square(rho**t * b).sum(), sigma**2 * np.square(1 - rho**t).sum()
+
+    for t in (1, 5, 40):
+        assert_z(np.square(descend(J, f0, noisy, eta, t) - clean).sum(1), sum(parts(t)))
+    bias, variance = np.array([parts(t) for t in range(400)]).T
+    assert (np.diff(bias) < 0).all() and (np.diff(variance) > 0).all()
+    assert bias[0] == pytest.approx(np.square(clean - f0).sum()) and variance[0] == 0
+    assert sum(parts(10**6)) == pytest.approx(5 * sigma**2)
+
+    left, beta, sd = sp.symbols("s b sigma", positive=True)
+    error = left**2 * beta**2 + sd**2 * (1 - left) ** 2
+    (best,) = sp.solve(sp.diff(error, left), left)
+    assert sp.simplify(best - sd**2 / (beta**2 + sd**2)) == 0 and sp.diff(error, left, 2).is_positive
+    assert sp.simplify(1 - best - beta**2 / (beta**2 + sd**2)) == 0
+
+
+@pytest.mark.checks("eq-image_prior-ridge", how="exact")
+def test_stopping_against_ridge():
+    rng = np.random.default_rng(4)
+    with mp.workdps(40):
+        for _ in range(200):
+            rate, t = mp.mpf(rng.random()), int(rng.integers(1, 500))
+            shares = (1 - rate) ** t, mp.exp(-rate * t), 1 / (1 + rate * t)
+            assert shares[0] <= shares[1] <= shares[2]
+        rate = mp.mpf(10) ** -12
+        assert abs((1 - rate) ** 5 - 1 / (1 + 5 * rate)) < 100 * rate**2  # agree to first order
+    J, values, vectors, f0, x = linear(5)
+    eta, t = 0.9 / values[-1], 6
+    alpha = 1 / (eta * t)
+    theta = np.linalg.solve(J.T @ J + alpha * np.eye(8), J.T @ (x - f0))  # the end of descent with the penalty
+    share = (vectors.T @ (f0 + J @ theta - x)) / (vectors.T @ (f0 - x))
+    np.testing.assert_allclose(share, alpha / (values + alpha), rtol=1e-9)
+    np.testing.assert_allclose(share, 1 / (1 + eta * values * t), rtol=1e-9)
+
+
+@pytest.mark.checks("eq-image_prior-kernel", how="exact")
+def test_missing_pixels_come_through_shared_weights():
+    J, values, _, f0, clean = linear(6, pixels=6, weights=9)
+    K = J @ J.T
+    averages = np.kron(np.eye(3), np.full((1, 2), 0.5))
+    for A in (np.eye(6)[[0, 2, 3]], averages):
+        found = descend(J, f0, A @ clean, 1 / values[-1], 20_000, A=A)
+        gain = K @ A.T @ np.linalg.inv(A @ K @ A.T)
+        np.testing.assert_allclose(found, f0 + gain @ (A @ clean - A @ f0), atol=1e-8)
+        np.testing.assert_allclose(A @ found, A @ clean, atol=1e-8)
+    A, apart = np.eye(6)[[0, 2, 3]], np.diag([1.0, 2, 3, 1, 2, 3])  # no weight is shared: K is diagonal
+    found = descend(apart, f0, A @ clean, 0.1, 5000, A=A)
+    np.testing.assert_allclose(found[[1, 4, 5]], f0[[1, 4, 5]])
+
+
+@pytest.mark.checks("eq-image_prior-average", how="exact")
+def test_a_mean_is_better_than_its_parts_by_their_spread():
+    rng = np.random.default_rng(7)
+    draw = lambda *shape: np.vectorize(Fraction)(rng.integers(-50, 50, shape))  # noqa: E731
+    clean, images = draw(6), draw(4, 6)
+    weights = np.array([Fraction(k, 10) for k in (1, 2, 3, 4)])
+    for w in (weights, np.full(4, Fraction(1, 4))):
+        mean = w @ images
+        error, spread = w @ ((images - clean) ** 2).sum(1), w @ ((images - mean) ** 2).sum(1)
+        assert ((mean - clean) ** 2).sum() == error - spread and spread > 0
+
+
+@pytest.mark.checks("eq-image_prior-ema", how="symbolic")
+@pytest.mark.checks("eq-image_prior-age", how="symbolic")
+def test_what_an_exponential_average_leaves_of_fluctuations():
+    a, r, v = sp.symbols("alpha rho v", positive=True)
+    # v is stationary under g' = a g + (1 - a) f', where f' = r f + noise: Cov(g, f) = c solves its own equation.
+    c = sp.Symbol("c")
+    (c,) = sp.solve(sp.Eq(c, a * r * c + (1 - a)), c)  # Cov(g', f') = a r Cov(g, f) + (1 - a) Var f
+    (v,) = sp.solve(sp.Eq(v, a**2 * v + (1 - a) ** 2 + 2 * a * (1 - a) * r * c), v)
+    assert sp.simplify(v - (1 - a) / (1 + a) * (1 + a * r) / (1 - a * r)) == 0
+    k = sp.Symbol("k", integer=True, nonnegative=True)
+    alpha = sp.Rational(99, 100)
+    assert sp.summation(k * (1 - alpha) * alpha**k, (k, 0, sp.oo)) == 99 == alpha / (1 - alpha)
+    assert v.subs({r: 0, a: alpha}) == sp.Rational(1, 199)
+    rng = np.random.default_rng(8)
+    f, g = rng.normal(size=4000), np.zeros(4000)
+    for _ in range(600):  # 0.9^600 is nothing
+        f = 0.5 * f + math.sqrt(0.75) * rng.normal(size=4000)
+        g = 0.9 * g + 0.1 * f
+    assert_z(g**2, (0.1 / 1.9) * (1.45 / 0.55))
+
+
+@pytest.mark.checks("eq-image_prior-hindsight", how="statistical")
+def test_the_best_in_hindsight_is_biased_upwards():
+    known = {1: 0.0, 2: 1 / math.sqrt(math.pi), 3: 1.5 / math.sqrt(math.pi)}
+    rng = np.random.default_rng(9)
+    for m, expected in known.items():
+        density = lambda x, m=m: x * m * mp.npdf(x) * mp.ncdf(x) ** (m - 1)  # noqa: E731
+        assert float(mp.quad(density, [-12, 0, 12])) == pytest.approx(expected, abs=1e-12)
+        assert_z((26 + 0.3 * rng.normal(size=(40_000, m))).max(1), 26 + 0.3 * expected)
+
+
+@pytest.mark.checks("eq-image_prior-bayes", how="exact")
+def test_without_log_q_the_belief_finds_another_image():
+    """Sixteen images, a joint distribution: the source's maximum is not that of the images of the class."""
+    rng = np.random.default_rng(10)
+    q_x, belief = rng.dirichlet(np.full(16, 0.3)), rng.random(16)
+    marginal = (q_x * belief).sum()
+    of_class = q_x * belief / marginal
+    assert of_class.sum() == pytest.approx(1)
+    np.testing.assert_allclose(np.log(of_class), np.log(belief) + np.log(q_x) - np.log(marginal), rtol=1e-12)
+    assert belief.argmax() != of_class.argmax()
+
+
+@pytest.mark.checks("eq-image_prior-linear", how="exact")
+@pytest.mark.checks("eq-image_prior-mean", how="statistical")
+@pytest.mark.parametrize("seed", range(3))
+def test_with_log_q_an_image_of_the_class_lies_along_the_covariance(seed):
+    rng = np.random.default_rng(seed)
+    root, w, m, offset = rng.normal(size=(4, 4)), rng.normal(size=4), rng.normal(size=4), rng.normal()
+    S = root @ root.T
+    sigmoid = lambda u: 1 / (1 + np.exp(-u))  # noqa: E731
+
+    def objective(x):
+        return np.logaddexp(0, -w @ x - offset) + 0.5 * (x - m) @ np.linalg.solve(S, x - m)
+
+    found = optimize.minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-9}).x
+    s = optimize.brentq(lambda s: s - sigmoid(-offset - w @ m - s * w @ S @ w), 0, 1, xtol=1e-14)
+    np.testing.assert_allclose(found, m + s * S @ w, atol=1e-5)
+    # The belief alone rises along w for ever; and w is not the direction in which the maximum lies.
+    beliefs = [np.logaddexp(0, -w @ (m + k * w) - offset) for k in (0, 1, 10, 20)]
+    assert (np.diff(beliefs) < 0).all()
+    move = found - m
+    assert abs(w @ move) / np.linalg.norm(w) / np.linalg.norm(move) < 0.99
+    # The mean of the class, by keeping draws with the probability that the classifier gives them.
+    x = m + rng.normal(size=(200_000, 4)) @ root.T
+    kept = x[rng.random(len(x)) < sigmoid(x @ w + offset)]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    u = w @ m + offset + math.sqrt(w @ S @ w) * nodes
+    factor = (weights * sigmoid(u) * sigmoid(-u)).sum() / (weights * sigmoid(u)).sum()
+    for coordinate in range(4):
+        assert_z(kept[:, coordinate], (m + factor * S @ w)[coordinate])
+
+
+@pytest.mark.checks("eq-image_prior-typical", how="statistical")
+def test_a_maximum_is_no_sample():
+    """The maximum of N(0, I) is 0. Samples, by Langevin steps with acceptance from there, have length sqrt d."""
+    d = 50
+    x = np.random.default_rng(11).normal(size=(20_000, d))
+    assert_z(0.5 * np.square(x).sum(1), d / 2)  # log q(0) - log q(x)
+    assert_z(np.square(x).sum(1), d)
+    options = {"step_size": 0.3, "n_steps": 1, "warmup": 300, "generator": torch.Generator().manual_seed(0)}
+    chains = mala(lambda z: 0.5 * z.square().sum(1), torch.zeros(400, d, dtype=torch.float64), **options)
+    assert_z(chains.samples[-1].square().sum(1).numpy(), d)
+
+
+def test_exercises():
+    decay = np.array([0.5, 0.99])
+    error = lambda t: 100 * 0.5 ** (2 * t) + np.square(1 - decay**t).sum()  # noqa: E731
+    assert error(0) == 100 and error(10) == pytest.approx(1.007, abs=6e-4) and error(10**5) == pytest.approx(2)
+    two = 10**-2.6 - 0.0012 / 4
+    assert two == pytest.approx(0.00221, abs=5e-6) and -10 * math.log10(two) == pytest.approx(26.55, abs=0.01)
+    s = optimize.brentq(lambda s: s - 1 / (1 + math.exp(s)), 0, 1)
+    assert s == pytest.approx(0.401, abs=5e-4)
+    assert s / 10_001 * math.hypot(1, 100) == pytest.approx(0.004, abs=5e-5)
+
+
+def test_the_photographs_and_what_is_seen_of_them():
+    clean = study.photograph("flower", 32)
+    assert clean.shape == (1, 3, 32, 32) and 0 <= clean.min() < clean.max() <= 1
+    with pytest.raises(ValueError, match="side must be at most 147 for the crop 'tuning'"):
+        study.photograph("tuning", 256)
+    noisy, _ = study.observe("denoising", study.photograph("flower", 128), seed=0)
+    assert psnr(noisy, study.photograph("flower", 128)) == pytest.approx(20.17, abs=0.05)
+    half, mask = study.observe("inpainting", clean, seed=1)
+    assert torch.equal(mask(clean), half) and 0.4 < float((half == 0).all(1).float().mean()) < 0.6
+    few, blocks = study.observe("superresolution", clean, seed=2)
+    assert few.shape == (1, 3, 8, 8) and torch.equal(blocks(clean), few)
+    assert float(few[0, 0, 0, 0]) == pytest.approx(float(clean[0, 0, :4, :4].mean()), abs=1e-6)
+    # The crops of figures and of settings do not overlap.
+    (_, top, left), (_, other, aside) = study.CROPS["flower"], study.CROPS["tuning"]
+    side = study.SIDE["medium"]
+    assert abs(top - other) >= side or abs(left - aside) >= side
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_each_study_runs_short(name, monkeypatch):
+    monkeypatch.setattr(study, "EVERY", 10)
+    monkeypatch.setattr(study, "tuned", lambda side: (0.8, 3, 6))
+    warned = importlib.util.find_spec("skimage") is None and "superresolution" not in name
+    with pytest.warns(UserWarning, match="scikit-image is not") if warned else contextlib.nullcontext():
+        outcome = study.STUDIES[name].run("flower", "short", 0, torch.device("cpu"))
+    settings = study.STUDIES[name].settings("flower", "short")
+    runs = 2 if "two" in name else 1
+    assert outcome.samples == settings["epochs"] * runs and json.dumps(settings)
+    assert len(outcome.curves["PSNR of the average, dB"]) == settings["epochs"] // 10
+    read = [value for key, value in outcome.metrics.items() if "PSNR of average" in key]
+    if name == "image_prior_denoising":
+        assert read[0] == outcome.curves["PSNR of the average, dB"][settings["read off at step"] // 10 - 1]
+        assert outcome.metrics["highest PSNR in hindsight, dB"] >= read[0]
+    if name == "image_prior_two_runs":
+        assert outcome.metrics["PSNR of mean of the averages, dB"] > min(read)
+
+
+def test_a_record_without_scikit_image_says_so(monkeypatch):
+    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    clean = study.photograph("flower", 16)
+    with pytest.warns(UserWarning, match="no method beside it"):
+        assert list(study.beside("denoising", clean, clean)) == ["noisy"]
+    assert set(study.beside("superresolution", clean[..., ::4, ::4], clean)) == {"bicubic", "blocks"}
+
+
+def test_non_local_means_denoises():
+    pytest.importorskip("skimage")
+    clean = study.photograph("flower", 32)
+    noisy, _ = study.observe("denoising", clean, seed=0)
+    assert psnr(study.nonlocal_means(noisy, 0.8, 3, 6), clean) > psnr(noisy, clean) + 4

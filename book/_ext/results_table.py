@@ -21,7 +21,7 @@ which commands.
     The caption, in MyST.
     ```
 
-plots a curve of each record against the epochs, and
+plots a curve of each record against the epochs, or several with ``; `` between their names, and
 
 .. code-block:: none
 
@@ -32,6 +32,7 @@ shows all records that there are: for each set of runs that can stand side by si
 several sources of codes, and folded up what the runs cost, and a picture of samples of each model.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -205,19 +206,21 @@ def draw(group: list[dict], path: Path) -> bool:
 
 
 def draw_curves(found: list[dict], curve: str, path: Path) -> None:
-    """Draw a curve of each record and seed against the epochs."""
+    """Draw a curve of each record and seed against the epochs, or several with "; " between their names."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    for i, record in enumerate(found):
-        for seed, values in enumerate(record["curves"][curve]):
+    names = curve.split("; ")
+    for i, (record, name) in enumerate(itertools.product(found, names)):
+        model = record["model"].replace("_", " ")
+        text = model if len(names) == 1 else name if len(found) == 1 else f"{model}: {name}"
+        for seed, values in enumerate(record["curves"][name]):
             epochs = [record["epochs"] * (step + 1) / len(values) for step in range(len(values))]
-            label = record["model"].replace("_", " ") if seed == 0 else None
-            ax.plot(epochs, values, ".-", color=f"C{i}", markersize=4, label=label)
-    ax.set(xlabel="epochs", ylabel=curve)
+            ax.plot(epochs, values, ".-", color=f"C{i}", markersize=4, label=text if seed == 0 else None)
+    ax.set(xlabel="epochs", ylabel=curve if len(names) == 1 else None)
     ax.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
