@@ -605,4 +605,4 @@ def test_the_chapters_reading_of_the_published_recipe():
     assert of("floor", "reachable floor") - of("plain", "NLL") > 1
     assert of("plain", "KL") < 0.001 and of("plain", "AU") == 0
     assert of("bn_0.7", "KL on batches") > 1.96 and of("bn_0.7", "MI") == pytest.approx(1.5, abs=0.1)
-    assert of("plain", "NLL") - of("bn_0.7", "NLL") == pytest.approx(0.09, abs=0.03)
+    assert of("plain", "NLL") - of("bn_0.7", "NLL") == pytest.approx(0.1, abs=0.05)
