@@ -765,11 +765,11 @@ def test_data_that_are_not_finite_are_refused():
 
 
 def test_an_empty_component_goes_to_the_worst_datum():
-    x = torch.tensor([[0.0], [0.1], [0.2], [10.0]], dtype=torch.float64)
-    start = torch.tensor([[0.1], [500.0]], dtype=torch.float64)
+    x = 100 + torch.tensor([[0.0], [0.1], [0.2], [10.0]], dtype=torch.float64)
+    start = torch.tensor([[100.1], [500.0]], dtype=torch.float64)  # a mean over no points would be 0, far from all
     fit = fit_local_linear(x, 2, 0, start=start)
     assert fit.reseeded == 1
-    torch.testing.assert_close(fit.model.mu.flatten().sort().values, torch.tensor([0.1, 10.0], dtype=torch.float64))
+    torch.testing.assert_close(fit.model.mu.flatten().sort().values, torch.tensor([100.1, 110.0], dtype=torch.float64))
     copies = torch.ones(5, 2, dtype=torch.float64)
     assert float(fit_local_linear(copies, 3, 0).model.squared_distances(copies).amin(1).sum()) == 0
 
