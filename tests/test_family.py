@@ -15,7 +15,7 @@ from scipy.spatial.distance import pdist, squareform
 from gae_core import metrics
 from gae_core.gaussian import standard_normal_log_prob
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
-from gae_core.sampling import GaussianMixture
+from gae_core.sampling import GaussianMixture, fit_gaussian_mixture
 from gae_core.studies import family
 
 ROOT = Path(__file__).parents[1]
@@ -361,12 +361,23 @@ def test_members_are_the_methods_that_they_are_named_after():
     member = family.fit("pca", x, images.y_train, size, 0)
     back = known.inverse_transform(known.transform(test.numpy()))
     torch.testing.assert_close(member.reconstruct(test, None), torch.from_numpy(back), rtol=0, atol=1e-5)
+    left = float((x - torch.from_numpy(known.inverse_transform(known.transform(x.numpy())))).square().mean())
+    prior = fit_gaussian_mixture(member.codes(x, None).double(), 10, seed=0)
+    W, mu = (torch.from_numpy(v).double() for v in (known.components_.T.copy(), known.mean_))
+    W = W * (W * (member.decode(torch.eye(10)).double() - mu).T).sum(0).sign()  # the signs of the axes are free
+    expected = family.linear_density(test.double(), mu, W, left + family.NOISE**2, prior)
+    torch.testing.assert_close(member.log_density(test.double(), test, None, size), expected, rtol=0, atol=1e-3)
+
     ppca = family.fit("ppca", x, images.y_train, size, 0)
     noisy = PCA(family.DIM, svd_solver="full").fit(x.double().numpy())
     covariance = torch.from_numpy(noisy.get_covariance()) * (len(x) - 1) / len(x) + family.NOISE**2 * torch.eye(64)
     normal = torch.distributions.MultivariateNormal(x.double().mean(0), covariance)
     found = ppca.log_density(test.double(), test, None, size)
     torch.testing.assert_close(found, normal.log_prob(test.double()), rtol=0, atol=1e-4)
+    axes, values, noise = noisy.components_, noisy.explained_variance_, noisy.noise_variance_
+    centred = test.double().numpy() - noisy.mean_
+    shrunk = noisy.mean_ + centred @ axes.T @ np.diag(1 - noise / values) @ axes
+    torch.testing.assert_close(ppca.reconstruct(test, None).double(), torch.from_numpy(shrunk), rtol=0, atol=1e-5)
 
 
 def test_the_map_of_the_chapter_is_the_map_of_the_code():
