@@ -361,6 +361,22 @@ def test_the_divergence_of_von_mises_fisher_from_the_uniform(d, kappa):
             assert abs(expected - (kappa * mp.coth(kappa) - 1 + mp.log(kappa / mp.sinh(kappa)))) < mp.mpf(10) ** -30
 
 
+def test_solution_batch_norm_and_then_layer_norm():
+    """Rows a_i + b_i w: layer norm leaves the sign of b_i alone, batch norm before it makes both signs occur."""
+    w = torch.tensor([1.0, -2.0, 0.5, 0.5], dtype=torch.float64)
+    a, b = torch.randn(2, 30, 1, dtype=torch.float64)
+    b = 5 + b.abs()
+    layer, batch = FixedScaleLayerNorm(4, 0.7, eps=1e-12), CodeBatchNorm(4, eps=1e-12)
+    raw = torch.zeros(30, 4, dtype=torch.float64)
+    same, _ = layer(a + b * w, raw)
+    torch.testing.assert_close(same, same[:1].expand(30, -1))
+    spread, _ = layer(batch(b * w), raw)  # batch norm makes them (b_i - mean) sign(w)
+    rows = spread.round(decimals=6).unique(dim=0)
+    assert len(rows) == 2 and torch.allclose(rows[0], -rows[1]) and rows.abs().min() > 0.3
+    zero, _ = layer(batch(a.expand(-1, 4)), raw)
+    assert zero.abs().max() < 1e-6
+
+
 # --- errata of the source ---
 
 
