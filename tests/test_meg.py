@@ -586,6 +586,18 @@ def test_the_chapters_reading_of_the_optimum():
         assert found["KL(data | energy)"]["mean"] == pytest.approx(best.kl, abs=1e-4)
 
 
+def test_the_chapters_reading_of_the_curve_over_the_weight():
+    paper, tenth = record("meg_toy"), record("meg_toy_0.01")
+    best = record("meg_optimum_0.01")["slope² at data"]["mean"]
+    assert tenth["high quality, %"]["mean"] > paper["high quality, %"]["mean"]
+    assert sorted(tenth["modes of 25"]["by seed"]) == [22, 22, 25]
+    steep = [slope / best for slope in tenth["slope² at data"]["by seed"]]
+    assert 4 < min(steep) and 18 < max(steep) < 18.5
+    divergences = tenth["KL(data | energy)"]["by seed"]
+    assert sum(kl > 30 for kl in divergences) == 1 and min(divergences) > max(paper["KL(data | energy)"]["by seed"])
+    assert min(tenth["KL of mode shares"]["by seed"]) > max(paper["KL of mode shares"]["by seed"])
+
+
 def test_the_chapters_reading_of_the_runs_on_stacked_digits():
     found = {name: record(f"meg_stacked{name}", "mnist") for name in ("", "_plain", "_wgan_gp")}
     for metrics_of in found.values():
