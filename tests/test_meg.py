@@ -590,6 +590,7 @@ def test_the_chapters_reading_of_the_curve_over_the_weight():
     paper, tenth = record("meg_toy"), record("meg_toy_0.01")
     best = record("meg_optimum_0.01")["slope² at data"]["mean"]
     assert tenth["high quality, %"]["mean"] > paper["high quality, %"]["mean"]
+    assert tenth["spread, σ"]["mean"] < paper["spread, σ"]["mean"]
     assert sorted(tenth["modes of 25"]["by seed"]) == [22, 22, 25]
     steep = [slope / best for slope in tenth["slope² at data"]["by seed"]]
     assert 4 < min(steep) and 18 < max(steep) < 18.5
