@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import mpmath as mp
@@ -12,7 +13,7 @@ import torch
 from helpers import assert_z
 from scipy.spatial.distance import pdist, squareform
 
-from gae_core import metrics
+from gae_core import metrics, records
 from gae_core.gaussian import standard_normal_log_prob
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
 from gae_core.sampling import GaussianMixture, fit_gaussian_mixture
@@ -388,3 +389,58 @@ def test_the_map_of_the_chapter_is_the_map_of_the_code():
         assert place.goal in family.GOALS
         assert (place.known == "no decoder") == (place.goal == "neighbours")
         assert (ROOT / "book" / f"{place.chapter}.md").exists()
+
+
+def test_the_chapters_reading_of_the_recorded_runs():
+    """Each sentence under the table, from the records that the table is drawn from."""
+    names = re.search(r"```{results-table} (.*)\n:record: mnist-medium", CHAPTER)[1].split()
+    found = {name.removeprefix("family_"): records.RESULTS / name / "mnist-medium.json" for name in names}
+    found = {name: records.check(path) for name, path in found.items()}
+    assert all(r["rows"] == 10_000 and r["test"] == 2_000 and r["dim"] == 10 for r in found.values())
+    assert found["vae"]["epochs"] == 20
+    assert found["gan"]["epochs"] == found["meg"]["epochs"] == 40
+
+    def row(key):
+        return {name: r["metrics"][key]["mean"] for name, r in found.items() if key in r["metrics"]}
+
+    def margin(key, a, b):
+        """How far a is above b, in standard errors of the difference."""
+        (x, s), (y, t) = ((m["mean"], m["standard error"]) for m in (found[n]["metrics"][key] for n in (a, b)))
+        return (x - y) / math.hypot(s, t)
+
+    error, own, fitted = row("squared error a pixel"), row("Fréchet, own"), row("Fréchet, fitted")
+    density, trust = row("log-density, nats"), row("trustworthiness")
+    fit, codes = row("seconds, fit"), row("seconds, codes")
+
+    trained = ("gae", "autoencoder", "eae", "vae", "bn_vae", "cvae")
+    assert all(0.45 < error[name] / error["pca"] < 0.6 for name in trained)
+    assert max(error[name] for name in trained) < error["denoising"] < error["pca"]
+    assert all(error[name] > error["pca"] for name in ("gan", "meg"))
+
+    assert set(sorted(own, key=own.get)[:2]) == {"bn_vae", "eae"}
+    assert own["vae"] > 1.8 * own["gan"]
+    assert min(fitted, key=fitted.get) == "vae"
+    assert margin("Fréchet, fitted", "autoencoder", "vae") > 2
+    assert fitted["vae"] < fitted["autoencoder"] < fitted["bn_vae"] < fitted["eae"] < own["bn_vae"]
+    assert own["vae"] > 6 * fitted["vae"]
+    assert "Fréchet, own" not in found["autoencoder"]["metrics"] and "Fréchet, fitted" not in found["gan"]["metrics"]
+    bernoulli = records.check(records.RESULTS / "vae" / "mnist-medium.json")["metrics"]
+    assert bernoulli["Fréchet, N(0, I)"]["mean"] < own["vae"] / 3
+
+    told = density.pop("cvae")
+    assert max(density, key=density.get) == "vae" and told > density["vae"]
+    assert density["vae"] - density["pca"] > 200
+    assert 0.9 < own["vae"] / own["ppca"] < 1
+    assert density["vae"] > density["gan"] + 200 and own["vae"] > own["gan"]
+
+    low = ("nmf", "gan", "meg")
+    assert max(trust[name] for name in low) < 0.94 < 0.97 < min(v for name, v in trust.items() if name not in low)
+    assert abs(trust["pca"] - max(trust.values())) < 0.01
+
+    assert fit["pca"] < 1
+    assert all(8 < fit[name] < 15 for name in ("autoencoder", "eae", "vae", "bn_vae", "cvae"))
+    assert fit["gae"] > 2 * fit["autoencoder"]
+    assert codes["gae"] > 10 * codes["autoencoder"] and codes["gan"] > 100 * codes["autoencoder"]
+    assert all(
+        abs(margin(key, "gan", "meg")) < 2 for key in ("Fréchet, own", "squared error a pixel", "log-density, nats")
+    )
