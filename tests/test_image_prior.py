@@ -386,4 +386,16 @@ def test_the_chapters_reading_of_the_denoised_photograph():
     )
     assert next(there) > next(there) + 0.3
     assert (values("denoising", "PSNR of output at the end, dB") < output).all()
+    assert abs(values("denoising", "its step") - 1300).max() <= 150
     assert (best - average).mean() > 0.1 and best.mean() > rival.mean()
+
+
+def test_the_chapters_reading_of_missing_and_fewer_pixels():
+    """The sentences below the tables of half and of a sixteenth of the pixels."""
+    for name, rival, ahead in (("inpainting", "biharmonic", 0.8), ("superresolution", "bicubic", 0.4)):
+        against = values(name, f"PSNR of {rival}, dB").item()
+        output, average = (values(name, f"PSNR of {key}, dB").item() for key in ("output", "average"))
+        assert average > output > against + ahead and average < against + ahead + 0.5
+        record = records.read(records.RESULTS / f"image_prior_{name}" / "flower-medium.json")
+        (curve,) = record["curves"]["PSNR of the average, dB"]
+        assert curve[-1] == max(curve) and record["epochs"] == 2000 and record["seeds"] == [0]
