@@ -570,6 +570,11 @@ def test_the_chapters_reading_of_the_runs_on_25_gaussians():
     assert meg["modes of 25"]["by seed"] == [25, 25, 25] and plain["modes of 25"]["by seed"] == [0, 0, 0]
     assert all(22 <= found < 25 for found in wgan["modes of 25"]["by seed"])
     assert meg["KL of mode shares"]["mean"] == pytest.approx(24 / 5000, abs=4 * math.sqrt(12 / 3) / 2500)  # chi-squared
+    ahead = record("meg_toy_plain_ahead")
+    assert ahead["modes of 25"]["by seed"] == [0, 0, 0]
+    assert min(ahead["slope² at data"]["by seed"]) > 100 * best["slope² at data"]["mean"]
+    outside = [spread > 40 for spread in ahead["spread, σ"]["by seed"]]  # no place inside is as far from all modes
+    assert sum(outside) == 2
     high, limit = meg["high quality, %"]["by seed"], best["high quality, %"]["mean"]
     assert all(limit / 2 < share < limit for share in high) and round(limit) == 41
     assert max(wgan["high quality, %"]["by seed"]) < min(high)
