@@ -142,7 +142,7 @@ for sigma in levels:
 # follows the chain for four steps and asks for the clean image at each.
 
 # %%
-binary = (data.to_unit(images.x_train) > 0.5).float()[: 6000 if SIZE == "short" else 60_000].to(device)
+binary = (data.to_unit(images.x_train) > 0.5).float()[: 4000 if SIZE == "short" else 60_000].to(device)
 held_out = (data.to_unit(images.x_test) > 0.5).float()[:1000]
 epochs = {"digits": 30}.get(images.name, 9) if SIZE == "short" else 40
 models = {}
