@@ -602,6 +602,10 @@ def test_the_chapters_reading_of_the_curve_over_the_weight():
     divergences = tenth["KL(data | energy)"]["by seed"]
     assert sum(kl > 30 for kl in divergences) == 1 and min(divergences) > max(paper["KL(data | energy)"]["by seed"])
     assert min(tenth["KL of mode shares"]["by seed"]) > max(paper["KL of mode shares"]["by seed"])
+    hundredth = record("meg_toy_0.001")
+    assert sorted(hundredth["modes of 25"]["by seed"]) == [3, 22, 24]
+    assert [round(f(hundredth["KL(data | energy)"]["by seed"])) for f in (min, max)] == [24, 56]
+    assert round(record("meg_optimum_0.001")["high quality, %"]["mean"]) == 78
 
 
 def test_the_chapters_reading_of_the_runs_on_stacked_digits():
