@@ -215,11 +215,13 @@ def origin(records: Sequence[dict]) -> str:
     judge = first.get("classifier")
 
     def of(key: str, show: Callable[[Any], str] = str) -> str:
-        """The value that all records share, or each record's."""
-        values = {r["model"].replace("_", " "): show(r[key]) for r in records}
-        if len(set(values.values())) == 1:
+        """The value that all records share, or each value with the records that have it."""
+        values: dict[str, list[str]] = {}
+        for r in records:
+            values.setdefault(show(r[key]), []).append(r["model"].replace("_", " "))
+        if len(values) == 1:
             return show(first[key])
-        return "; ".join(f"{value} ({name})" for name, value in values.items())
+        return "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
 
     return (
         f"Device: {first['device']}. Data: {first['data']}. Epochs: {of('epochs')}. "

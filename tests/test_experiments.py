@@ -195,9 +195,9 @@ def test_tables_stand_side_by_side_only_where_they_may(tmp_path):
 def test_what_records_do_not_share_is_told_of_each(tmp_path):
     found = [
         records.check(record(tmp_path / name / "mnist-full.json", epochs=epochs))
-        for name, epochs in (("a", 20), ("long_b", 5))
+        for name, epochs in (("a", 20), ("long_b", 5), ("c", 20))
     ]
-    assert "Epochs: 20 (a); 5 (long b). Seeds: 0, 1." in records.origin(found)
+    assert "Epochs: 20 (a, c); 5 (long b). Seeds: 0, 1." in records.origin(found)
     assert "Epochs: 20. " in records.origin(found[:1])
 
 
