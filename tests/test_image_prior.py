@@ -399,3 +399,12 @@ def test_the_chapters_reading_of_missing_and_fewer_pixels():
         record = records.read(records.RESULTS / f"image_prior_{name}" / "flower-medium.json")
         (curve,) = record["curves"]["PSNR of the average, dB"]
         assert curve[-1] == max(curve) and record["epochs"] == 2000 and record["seeds"] == [0]
+
+
+def test_the_chapters_reading_of_two_runs():
+    metrics = [f"PSNR of {key}, dB" for key in ("average of run 1", "average of run 2", "non-local means")]
+    mean = values("two_runs", "PSNR of mean of the averages, dB").item()
+    first, second, rival = (values("two_runs", metric).item() for metric in metrics)
+    assert first == values("denoising", "PSNR of average, dB")[0]  # the same network and noise
+    assert first < second and mean > rival
+    assert mean - second == pytest.approx(0.2, abs=0.05) and mean - first == pytest.approx(0.6, abs=0.05)
