@@ -27,7 +27,7 @@ BOUND: dict[int, Recipe] = {
 CODES: Recipe = {"short": (1, 100, 4e-3), "medium": (8, 100, 4e-3), "full": (500, 100, 1e-3)}
 ROWS = {"short": 1000, "medium": 60_000, "full": 60_000}
 # Of the likelihood: samples for all test images; images spread over them and the samples for these; a curve's samples.
-TEST = {"short": (10, 20, 50, 5), "medium": (50, 500, 5000, 50), "full": (500, 10_000, 5000, 50)}
+TEST = {"short": (10, 20, 50, 5), "medium": (50, 500, 5000, 50), "full": (500, 1000, 5000, 50)}
 
 
 def build(images: data.Images, *, samples: int = 1, dim: int = DIM, seed: int) -> VAE:
