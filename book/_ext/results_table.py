@@ -21,7 +21,8 @@ which commands.
     The caption, in MyST.
     ```
 
-plots a curve of each record against the epochs, or several with ``; `` between their names, and
+plots a curve of each record against the epochs, or several with ``; `` between their names (``:axis: steps`` where
+an epoch is a step), and
 
 .. code-block:: none
 
@@ -136,7 +137,7 @@ class ResultsCurves(Parsing):
     required_arguments = 1
     optional_arguments = 40
     has_content = True
-    option_spec = dict.fromkeys(("record", "curve", "alt"), directives.unchanged_required)
+    option_spec = dict.fromkeys(("record", "curve", "axis", "alt"), directives.unchanged_required)
 
     def run(self):
         """Return the figure."""
@@ -148,7 +149,7 @@ class ResultsCurves(Parsing):
         try:
             found = [records.check(path) for path in paths]
             plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-curves-{'-'.join(self.arguments)}.png"
-            draw_curves(found, curve, plot)
+            draw_curves(found, curve, plot, axis=self.options.get("axis", "epochs"))
         except (KeyError, OSError, ValueError) as error:
             raise self.error(f"results-curves: no {curve!r} of {', '.join(self.arguments)}: {error}") from error
         page = Path(self.env.doc2path(self.env.docname)).parent
@@ -205,7 +206,7 @@ def draw(group: list[dict], path: Path) -> bool:
     return True
 
 
-def draw_curves(found: list[dict], curve: str, path: Path) -> None:
+def draw_curves(found: list[dict], curve: str, path: Path, *, axis: str = "epochs") -> None:
     """Draw a curve of each record and seed against the epochs, or several with "; " between their names."""
     import matplotlib
 
@@ -220,7 +221,7 @@ def draw_curves(found: list[dict], curve: str, path: Path) -> None:
         for seed, values in enumerate(record["curves"][name]):
             epochs = [record["epochs"] * (step + 1) / len(values) for step in range(len(values))]
             ax.plot(epochs, values, ".-", color=f"C{i}", markersize=4, label=text if seed == 0 else None)
-    ax.set(xlabel="epochs", ylabel=curve if len(names) == 1 else None)
+    ax.set(xlabel=axis, ylabel=curve if len(names) == 1 else None)
     ax.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
