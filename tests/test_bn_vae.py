@@ -602,7 +602,7 @@ def test_a_study_runs_and_says_what_it_did(name):
 def test_the_chapters_reading_of_the_recorded_runs():
     """The sentences below the table; comparisons of means of three seeds, three standard errors apart or more."""
     root = ROOT / "book" / "results"
-    names = ("none", "layer", "gamma0.7", "gamma1.2", "tau0.5", "none_beta2", "gamma0.7_beta2")
+    names = ("none", "layer", "gamma0.7", "gamma1.2", "gamma0.4", "tau0.1", "tau0.5", "none_beta2", "gamma0.7_beta2")
     runs = {n: json.loads((root / f"bn_vae_{n}" / "mnist-medium.json").read_text(encoding="utf-8")) for n in names}
 
     def values(name, metric):
@@ -619,7 +619,8 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert 0.5 < values("none", information)[0] < 1.5
     by_seed = runs["none"]["metrics"]["KL"]["by seed"]
     assert max(by_seed) > 1.5 * min(by_seed)
-    floors = {"layer": 16 * 0.49 / 2, "gamma0.7": 16 * 0.49 / 2, "tau0.5": 8 * math.log(2)}
+    least = {"tau0.1": -8 * math.log(0.9), "tau0.5": 8 * math.log(2)}
+    floors = {"layer": 16 * 0.49 / 2, "gamma0.7": 16 * 0.49 / 2, "gamma0.4": 16 * 0.16 / 2, **least}
     assert all(min(runs[n]["metrics"][smallest]["by seed"]) > 0.999 * floor for n, floor in floors.items())
     assert clearly_less("none", "gamma0.7", information, 1 / 2) and clearly_less("none", "gamma0.7", "gain from z")
     assert values("gamma1.2", smallest)[0] == pytest.approx(16 * 1.44 / 2 - 0.02, abs=0.002)
@@ -631,12 +632,20 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert clearly_less("gamma0.7", "none", "NLL")
     assert not clearly_less("gamma0.7", "layer", "NLL")
     assert clearly_less("gamma0.7", "layer", information) and clearly_less("gamma0.7", "layer", "gain from z")
-    assert all(values(n, "active units")[0] == 16 for n in names[:5])
+    assert all(values(n, "active units")[0] == 16 for n in names[:7])
+    assert values("gamma0.4", information)[0] == pytest.approx(values("none", information)[0], abs=0.2)
+    assert values("gamma0.4", information)[1] < 0.01 and clearly_less("gamma0.7", "gamma0.4", "NLL")
     assert values("tau0.5", information)[0] > 0.95 * values("tau0.5", "cap of the information")[0]
     assert values("tau0.5", "KL of the aggregate")[0] == pytest.approx(values("tau0.5", "KL")[0] / 2, rel=0.1)
-    assert all(values("tau0.5", "NLL")[0] > values(n, "NLL")[0] + 4 for n in names[:4])
-    above = (values("tau0.5", "KL")[0] - values("tau0.5", "floor of the KL")[0]) / 16
-    assert (2 - math.log(3)) / 2 < above < (0.5772156649 + math.log(2)) / 2
+    assert all(values("tau0.5", information)[0] > values(n, information)[0] for n in names[:6])
+    for name in least:
+        assert all(values(name, "NLL")[0] > values(n, "NLL")[0] + 4 for n in names[:5])
+        above = (values(name, "KL")[0] - values(name, "floor of the KL")[0]) / 16
+        assert (2 - math.log(3)) / 2 < above < (0.5772156649 + math.log(2)) / 2
+        assert above == pytest.approx(0.5, abs=0.04)
+    assert least["tau0.1"] == pytest.approx(0.84, abs=0.005)
+    assert values("tau0.1", "floor of the KL")[0] == pytest.approx(4.9, abs=0.05)
+    assert abs(values("tau0.1", "NLL")[0] - values("tau0.5", "NLL")[0]) < 0.5
     assert values("tau0.5", "floor of the KL")[0] == pytest.approx(9, abs=0.1)
     assert study.floor(CoupledBatchNorm(16, 0.5)) == pytest.approx(11.1, abs=0.05)
 

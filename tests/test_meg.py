@@ -562,13 +562,13 @@ def record(name, data_name="plane"):
 def test_the_chapters_reading_of_the_runs_on_25_gaussians():
     meg, plain, wgan, best = (record(f"meg_{name}") for name in ("toy", "toy_plain", "toy_wgan_gp", "optimum_0.1"))
     runs = [json.loads((RESULTS / f"meg_toy{n}/plane-medium.json").read_text()) for n in ("", "_plain", "_wgan_gp")]
-    assert [run["steps"] for run in runs] == [[1, 5], [1, 5], [5, 1]] and [run["epochs"] for run in runs] == [
-        30,
-        30,
-        20,
-    ]
+    assert [run["steps"] for run in runs] == [[1, 5], [1, 5], [5, 1]] and {run["epochs"] for run in runs} == {30}
     assert meg["modes of 25"]["by seed"] == [25, 25, 25] and plain["modes of 25"]["by seed"] == [0, 0, 0]
-    assert all(22 <= found < 25 for found in wgan["modes of 25"]["by seed"])
+    assert sorted(wgan["modes of 25"]["by seed"]) == [22, 24, 25]
+    other = record("meg_toy_reconstruct")
+    assert other["modes of 25"]["by seed"] == [25, 25, 25]
+    assert abs(other["high quality, %"]["mean"] - meg["high quality, %"]["mean"]) < 2
+    assert min(other["KL of mode shares"]["by seed"]) > max(meg["KL of mode shares"]["by seed"])
     assert meg["KL of mode shares"]["mean"] == pytest.approx(24 / 5000, abs=4 * math.sqrt(12 / 3) / 2500)  # chi-squared
     ahead = record("meg_toy_plain_ahead")
     assert ahead["modes of 25"]["by seed"] == [0, 0, 0]
@@ -578,6 +578,7 @@ def test_the_chapters_reading_of_the_runs_on_25_gaussians():
     high, limit = meg["high quality, %"]["by seed"], best["high quality, %"]["mean"]
     assert all(limit / 2 < share < limit for share in high) and round(limit) == 41
     assert max(wgan["high quality, %"]["by seed"]) < min(high)
+    assert wgan["high quality, %"]["mean"] / meg["high quality, %"]["mean"] == pytest.approx(0.5, abs=0.05)
     assert all(2 < slope / best["slope² at data"]["mean"] < 4 for slope in meg["slope² at data"]["by seed"])
     assert min(meg["spread, σ"]["by seed"]) > best["spread, σ"]["mean"] == pytest.approx(2.4, abs=0.05)
     excess = [kl - best["KL(data | energy)"]["mean"] for kl in meg["KL(data | energy)"]["by seed"]]
@@ -629,10 +630,11 @@ def test_the_chapters_reading_of_the_runs_on_stacked_digits():
     assert all(abs(apart("", other, "Fréchet, first digit")) < 4 for other in ("_plain", "_wgan_gp"))
 
 
-def test_the_chapters_reading_of_the_run_without_the_digit_1():
-    found = {name: entry["by seed"] for name, entry in record("meg_without_1", "mnist").items()}
+@pytest.mark.parametrize(("digit", "aurocs"), [(1, [0.63, 0.84]), (9, [0.60, 0.71])])
+def test_the_chapters_reading_of_the_runs_without_a_digit(digit, aurocs):
+    found = {name: entry["by seed"] for name, entry in record(f"meg_without_{digit}", "mnist").items()}
     chance = found["prevalence"][0]
     assert all(value > chance for value in found["AUPRC, energy"])
-    assert [round(f(found["AUROC, energy"]), 2) for f in (min, max)] == [0.63, 0.84]
+    assert [round(f(found["AUROC, energy"]), 2) for f in (min, max)] == aurocs
     assert all(value < chance for value in found["AUPRC, slope²"]) and max(found["AUROC, slope²"]) < 0.52
-    assert chance == pytest.approx(PUBLISHED[1][2], abs=6e-4)
+    assert chance == pytest.approx(PUBLISHED[digit][2], abs=6e-4)

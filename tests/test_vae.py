@@ -1000,8 +1000,8 @@ def test_the_chapters_reading_of_the_recorded_runs():
     """The sentences around the tables, of one seed each."""
     root = Path(__file__).parents[1] / "book" / "results"
 
-    def read(name):
-        record = json.loads((root / name / "mnist-medium.json").read_text(encoding="utf-8"))
+    def read(name, size="medium"):
+        record = json.loads((root / name / f"mnist-{size}.json").read_text(encoding="utf-8"))
         (curve,) = record["curves"]["NLL of some test images"]
         return {key: metric["mean"] for key, metric in record["metrics"].items()}, curve, record
 
@@ -1011,10 +1011,19 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert 2.5 < iwae["NLL"] - vae["NLL"] < 3
     assert vae["negative ELBO"] - vae["NLL"] == pytest.approx(5, abs=0.5)
     assert iwae["negative ELBO"] - iwae["NLL"] == pytest.approx(15, abs=0.5)
-    assert (50 - vae["active units"], 50 - iwae["active units"]) == (32, 8)
+    five, _, third = read("iwae_k5")
+    assert third["batch_size"] == 50 and third["epochs"] == 20
+    assert five["NLL"] - vae["NLL"] == pytest.approx(0.5, abs=0.05)
+    assert five["negative ELBO"] - five["NLL"] == pytest.approx(8, abs=0.5) and iwae["KL"] < five["KL"] < vae["KL"]
+    assert [50 - model["active units"] for model in (vae, five, iwae)] == [32, 31, 8]
     assert iwae["KL"] < vae["KL"]
-    assert all(m["mutual information"] > m["cap of the information"] - 0.3 for m in (vae, iwae))
+    assert all(m["mutual information"] > m["cap of the information"] - 0.3 for m in (vae, five, iwae))
     assert slow[0] - slow[5] > 8 and 0.5 < slow[-6] - slow[-1] < 2, "steep at first, and falling still"
+    long, curve, full = read("vae_k1", "full")
+    assert full["epochs"] == 500 and full["lr"] == record["lr"] / 4 and 1500 < full["training seconds"] < 2100
+    assert vae["NLL"] - long["NLL"] == pytest.approx(3, abs=0.3) and abs(long["NLL"] - 87.78) < 0.5
+    assert long["active units"] == vae["active units"] + 1 and long["Fréchet, N(0, I)"] < vae["Fréchet, N(0, I)"] - 50
+    assert 97 < curve[0] < 98.5 and curve[4] < 92 and curve[-1] < 88
     two, ten, fifty = (read(name)[0] for name in ("vae_d2", "vae_d10", "vae_d50"))
     assert (two["active units"], ten["active units"], fifty["active units"]) == (2, 10, 21)
     assert two["NLL"] - 30 > ten["NLL"] and ten["NLL"] - fifty["NLL"] == pytest.approx(5, abs=0.5)
