@@ -1011,7 +1011,11 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert 2.5 < iwae["NLL"] - vae["NLL"] < 3
     assert vae["negative ELBO"] - vae["NLL"] == pytest.approx(5, abs=0.5)
     assert iwae["negative ELBO"] - iwae["NLL"] == pytest.approx(15, abs=0.5)
-    five, _, third = read("iwae_k5")
+    five, middle, third = read("iwae_k5")
+    assert [round(c[7]) for c in (slow, middle, fast)] == [99, 97, 94] and [round(c[-1]) for c in (slow, middle)] == [
+        90,
+        91,
+    ]
     assert third["batch_size"] == 50 and third["epochs"] == 20
     assert five["NLL"] - vae["NLL"] == pytest.approx(0.5, abs=0.05)
     assert five["negative ELBO"] - five["NLL"] == pytest.approx(8, abs=0.5) and iwae["KL"] < five["KL"] < vae["KL"]
