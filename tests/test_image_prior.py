@@ -392,13 +392,16 @@ def test_the_chapters_reading_of_the_denoised_photograph():
 
 def test_the_chapters_reading_of_missing_and_fewer_pixels():
     """The sentences below the tables of half and of a sixteenth of the pixels."""
-    for name, rival, ahead in (("inpainting", "biharmonic", 0.8), ("superresolution", "bicubic", 0.4)):
-        against = values(name, f"PSNR of {rival}, dB").item()
-        output, average = (values(name, f"PSNR of {key}, dB").item() for key in ("output", "average"))
-        assert average > output > against + ahead and average < against + ahead + 0.5
+    for name, rival, ahead in (("inpainting", "biharmonic", 1.1), ("superresolution", "bicubic", 0.6)):
+        against = values(name, f"PSNR of {rival}, dB")
+        output, average = (values(name, f"PSNR of {key}, dB") for key in ("output", "average"))
+        assert (average > output).all() and (output > against + 0.4).all()
+        assert (average - against).mean() == pytest.approx(ahead, abs=0.1)
         record = records.read(records.RESULTS / f"image_prior_{name}" / "flower-medium.json")
-        (curve,) = record["curves"]["PSNR of the average, dB"]
-        assert curve[-1] == max(curve) and record["epochs"] == 2000 and record["seeds"] == [0]
+        assert record["epochs"] == 2000 and record["seeds"] == [0, 1, 2]
+        for curve in record["curves"]["PSNR of the average, dB"]:
+            assert curve[-1] > max(curve) - 0.01, "no fall"
+            assert (curve[-1] - curve[-9] > 0.06) == (name == "inpainting"), "400 steps"
 
 
 def test_the_chapters_reading_of_two_runs():
