@@ -515,6 +515,8 @@ def test_the_chapters_reading_of_the_recorded_runs():
         assert recorded(name, "NLL")[0] < recorded("floor", "optimum of NLL")[0] + 0.2
         assert recorded(name, "R² of z")[0] > 0.4
     assert recorded("aggressive", "training time / plain")[0] == pytest.approx(1.8, abs=0.15)
+    assert recorded("aggressive_half", "training time / plain")[0] > 5 and recorded("aggressive_half", "AU")[0] == 1
+    assert 0.05 < recorded("aggressive_half", "KL")[0] < 0.1
     assert recorded("annealed", "KL")[0] == pytest.approx(0.5, abs=0.15)
     assert recorded("free_bits", "KL")[0] == pytest.approx(2.08, abs=0.05)
     assert recorded("free_bits", "MI")[0] > 0.85 * recorded("free_bits", "KL")[0]
