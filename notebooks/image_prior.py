@@ -78,7 +78,7 @@ def prior(seed, degrade=None):
 
 # %%
 clean = photograph("flower", SIDE)
-noisy, _ = observe("denoising", clean, seed=0)
+noisy, _ = observe("denoising", clean, seed=13)
 model, curve, kept, last = prior(0), [], {}, []
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import warnings
 from fractions import Fraction
 
 import mpmath as mp
@@ -342,6 +343,38 @@ def test_each_study_runs_short(name, monkeypatch):
         assert outcome.metrics["PSNR of mean of the averages, dB"] > min(read)
 
 
+def test_the_networks_input_does_not_show_the_noise(monkeypatch):
+    """From one seed torch's normal and uniform numbers are functions of the same draws; a study has several seeds."""
+    clean = torch.zeros(1, 3, 32, 32)
+    noise = study.observe("denoising", clean, seed=0)[0] / study.SIGMA
+    same, other = (10 * study.build(clean.shape, lambda x: x, size="short", seed=seed).z for seed in (0, 1000))
+
+    def box_muller(z):
+        first, second = z.flatten()[: noise.numel()].view(-1, 2, 8).double().unbind(1)
+        radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).view(noise.shape)
+
+    def correlation(z):
+        return float(torch.corrcoef(torch.stack([box_muller(z), noise.double()]).flatten(1))[0, 1])
+
+    assert correlation(same) == pytest.approx(1, abs=1e-3)  # the trap
+    assert abs(correlation(other)) < 4 / math.sqrt(noise.numel())
+    seeds = []
+    monkeypatch.setattr(study, "tuned", lambda side: (0.8, 3, 6))
+    for name in ("observe", "build"):
+        made = getattr(study, name)
+        monkeypatch.setattr(
+            study, name, lambda *args, made=made, seed, **kw: (seeds.append(seed), made(*args, seed=seed, **kw))[1]
+        )
+    fit = study.train.fit
+    monkeypatch.setattr(study.train, "fit", lambda *args, seed, **kw: (seeds.append(seed), fit(*args, seed=seed, **kw)))
+    for seed in (0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scikit-image, where it is not installed
+            study.STUDIES["image_prior_two_runs"].run("flower", "short", seed, torch.device("cpu"))
+    assert len(seeds) == len(set(seeds)) == 10
+
+
 def test_a_record_without_scikit_image_says_so(monkeypatch):
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
     clean = study.photograph("flower", 16)
@@ -377,22 +410,21 @@ def test_the_chapters_reading_of_the_denoised_photograph():
     )
     gain, best = values("denoising", "gain of the average, dB"), values("denoising", "highest PSNR in hindsight, dB")
     np.testing.assert_allclose(gain, average - values("denoising", "PSNR of noisy, dB"), atol=1e-9)
-    assert (gain > 6).all() and (average - output > 1.5).all()
-    difference = average - rival
-    assert difference.min() < 0 < difference.max()
-    assert abs(difference.mean()) < difference.std(ddof=1) / math.sqrt(len(difference))
-    there = (
-        values("denoising", f"PSNR of {key}, dB", "tuning-medium").item() for key in ("non-local means", "average")
+    assert (gain > 6.7).all() and 1.25 < (average - output).min() < (average - output).max() < 1.75
+    ahead = average - rival
+    assert 0.25 < ahead.min() < ahead.max() < 0.5 and (rival > output + 0.95).all() and (rival - output).mean() > 1
+    there, other = (
+        values("denoising", f"PSNR of {key}, dB", "tuning-medium").item() for key in ("average", "non-local means")
     )
-    assert next(there) > next(there) + 0.3
+    assert 0.3 < there - other < 0.5
     assert (values("denoising", "PSNR of output at the end, dB") < output).all()
     assert abs(values("denoising", "its step") - 1300).max() <= 150
-    assert (best - average).mean() > 0.1 and best.mean() > rival.mean()
+    assert (best - average).mean() > 0.1
 
 
 def test_the_chapters_reading_of_missing_and_fewer_pixels():
     """The sentences below the tables of half and of a sixteenth of the pixels."""
-    for name, rival, ahead in (("inpainting", "biharmonic", 1.1), ("superresolution", "bicubic", 0.6)):
+    for name, rival, ahead in (("inpainting", "biharmonic", 1.3), ("superresolution", "bicubic", 0.6)):
         against = values(name, f"PSNR of {rival}, dB")
         output, average = (values(name, f"PSNR of {key}, dB") for key in ("output", "average"))
         assert (average > output).all() and (output > against + 0.4).all()
@@ -405,9 +437,10 @@ def test_the_chapters_reading_of_missing_and_fewer_pixels():
 
 
 def test_the_chapters_reading_of_two_runs():
-    metrics = [f"PSNR of {key}, dB" for key in ("average of run 1", "average of run 2", "non-local means")]
-    mean = values("two_runs", "PSNR of mean of the averages, dB").item()
-    first, second, rival = (values("two_runs", metric).item() for metric in metrics)
-    assert first == values("denoising", "PSNR of average, dB")[0]  # the same network and noise
-    assert first < second and mean > rival
-    assert mean - second == pytest.approx(0.2, abs=0.05) and mean - first == pytest.approx(0.6, abs=0.05)
+    first, second, mean, rival = (
+        values("two_runs", f"PSNR of {key}, dB")
+        for key in ("average of run 1", "average of run 2", "mean of the averages", "non-local means")
+    )
+    np.testing.assert_array_equal(first, values("denoising", "PSNR of average, dB")[:3])  # the same network and noise
+    np.testing.assert_allclose(mean - np.maximum(first, second), 0.3, atol=0.07)
+    assert abs((first - second).mean()) < 0.15 and (mean > rival).all(), "no run sees more than the other"
