@@ -300,7 +300,7 @@ def ascend(objective, start, *, steps):
 grey_noise = (0.5 + 0.1 * torch.randn(10, *images.shape, generator=seeded(8))).clamp(0, 1)
 alone = ascend(belief, grey_noise, steps=100)
 z = torch.randn(4000, DIM, generator=seeded(9))
-of_labels = torch.stack([belief(vae.decode(z), torch.full((len(z),), label)) for label in labels])
+of_labels = classifier(vae.decode(z)).log_softmax(1).T
 best = ascend(code_value, z[(of_labels - 0.5 * z.square().sum(1)).argmax(1)], steps=200)
 
 asked = labels.repeat_interleave(5)
