@@ -424,6 +424,7 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert all(1 <= v[bound] - v[weighted] < 4 for v in values)
     assert values[0][prior] - values[0][weighted] > 30 and values[1][prior] - values[1][weighted] > 10
     assert all(v[weighted] < v[bound] < v["NLL without a code"] for v in values)
+    assert gains == pytest.approx([v["NLL without a code"] - v[weighted] for v in values])
     plain, both, mixture, mean = (found[name] for name in ("cvae_beta1", "cvae", "cvae_mixture", "cvae_prior_mean"))
     asked, again, learned = "share of the label asked for", "the same of reconstructions", "accuracy trained on samples"
     assert 1 / 14 < 1 - plain[asked] < 1 / 12 and 1 / 70 < 1 - both[asked] < 1 / 50
