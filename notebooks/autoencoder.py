@@ -29,9 +29,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import os
@@ -72,7 +85,13 @@ def autoencoder(dim):
 def fit(model):
     start = time.perf_counter()
     history = train.fit(
-        model, images.x_train, epochs=epochs, lr=2e-3, schedule=lambda t: 1 - t, seed=SEED, progress=False
+        model,
+        images.x_train,
+        epochs=epochs,
+        lr=2e-3,
+        schedule=lambda t: 1 - t,
+        seed=SEED,
+        progress=False,
     )
     print(f"{epochs} epochs in {time.perf_counter() - start:.0f} s")
     return history
@@ -90,8 +109,16 @@ history = fit(model)
 # %%
 seen = metrics.squared_error(model, images.x_train[: len(images.x_test)]).mean()
 unseen = metrics.squared_error(model, images.x_test).mean()
-blank = (data.to_unit(images.x_test) - data.to_unit(images.x_train).mean(0)).square().flatten(1).sum(1).mean()
-print(f"squared error: seen {seen:.2f}, unseen {unseen:.2f}, unseen by the mean image {blank:.2f}")
+blank = (
+    (data.to_unit(images.x_test) - data.to_unit(images.x_train).mean(0))
+    .square()
+    .flatten(1)
+    .sum(1)
+    .mean()
+)
+print(
+    f"squared error: seen {seen:.2f}, unseen {unseen:.2f}, unseen by the mean image {blank:.2f}"
+)
 # Far below the mean image, which knows nothing of the input, and near the error on training images.
 assert unseen < 0.6 * blank and unseen < 1.5 * seen
 
@@ -107,7 +134,9 @@ generator = torch.Generator().manual_seed(SEED)
 n = 2000 if SIZE == "short" else 10_000
 random_samples = model.sample(n, generator=generator)
 z = metrics.in_batches(model.encode, images.x_train[:20_000])
-print(f"codes of images: mean of |z| {z.norm(dim=1).mean():.1f}; codes from N(0, I): {8**0.5:.1f}")
+print(
+    f"codes of images: mean of |z| {z.norm(dim=1).mean():.1f}; codes from N(0, I): {8**0.5:.1f}"
+)
 
 # %% [markdown]
 # ## The first mend: fit a density to the codes
@@ -120,12 +149,18 @@ mixture = sampling.fit_gaussian_mixture(z[:5000], 10, seed=SEED)
 panels = {
     "reconstructions": metrics.in_batches(model, images.x_test[:n]),
     "N(0, I)": random_samples,
-    "one Gaussian": metrics.in_batches(model.decode, gaussian.sample(n, generator=generator)),
-    "mixture of ten": metrics.in_batches(model.decode, mixture.sample(n, generator=generator)),
+    "one Gaussian": metrics.in_batches(
+        model.decode, gaussian.sample(n, generator=generator)
+    ),
+    "mixture of ten": metrics.in_batches(
+        model.decode, mixture.sample(n, generator=generator)
+    ),
 }
 
 # %% mystnb={"figure": {"name": "fig-autoencoder-samples", "caption": "One trained autoencoder, four sources of codes."}, "image": {"alt": "Four grids of images. The reconstructions are clear digits. Decoded codes from N(0, I) are grey smears. Decoded samples of one fitted Gaussian are often digits, those of a mixture of ten nearly always."}}
-figure = plots.image_panels({title: x[:36] for title, x in panels.items()}, columns=6, per_row=2, size=3)
+figure = plots.image_panels(
+    {title: x[:36] for title, x in panels.items()}, columns=6, per_row=2, size=3
+)
 
 # %% [markdown]
 # ## Measure it
@@ -140,16 +175,27 @@ classifier = experiments.classifier(images)
 
 def distance(x):
     features = metrics.in_batches(classifier.features, x)
-    return metrics.frechet_distance(features, metrics.in_batches(classifier.features, images.x_test))
+    return metrics.frechet_distance(
+        features, metrics.in_batches(classifier.features, images.x_test)
+    )
 
 
-distances = {title: distance(x) for title, x in {"real images": images.x_train[:n], **panels}.items()}
+distances = {
+    title: distance(x)
+    for title, x in {"real images": images.x_train[:n], **panels}.items()
+}
 for title, value in distances.items():
     print(f"{title:<16} {value:7.1f}")
 
 # %% tags=["nbval-check-output"]
-print("one Gaussian is nearer to the data than N(0, I):", distances["one Gaussian"] < distances["N(0, I)"])
-print("ten are nearer than one:", distances["mixture of ten"] < distances["one Gaussian"])
+print(
+    "one Gaussian is nearer to the data than N(0, I):",
+    distances["one Gaussian"] < distances["N(0, I)"],
+)
+print(
+    "ten are nearer than one:",
+    distances["mixture of ten"] < distances["one Gaussian"],
+)
 
 # %% [markdown]
 # The decoder was never the problem. It was asked about codes that it had never met.
@@ -167,13 +213,17 @@ fit(flat)
 z2 = metrics.in_batches(flat.encode, images.x_test[:2000])
 centre, reach = z2.mean(0), 3 * z2.std(0).max()
 steps_of_grid = torch.linspace(-1, 1, 15)
-grid = torch.cartesian_prod(-steps_of_grid, steps_of_grid).flip(1) * reach + centre  # rows from top to bottom
+grid = (
+    torch.cartesian_prod(-steps_of_grid, steps_of_grid).flip(1) * reach + centre
+)  # rows from top to bottom
 plane = metrics.in_batches(flat.decode, grid)
 
 # %% mystnb={"figure": {"name": "fig-autoencoder-codes", "caption": "Left: two-dimensional codes of held-out images by class; the circle holds 99 % of N(0, I). Right: what the decoder shows over the same square."}, "image": {"alt": "Left, a scatter plot of two-dimensional codes, coloured by class: wedges of different width that meet near one point and leave much of the plane empty, and a circle around the origin that fits them badly. Right, decoded images over the same square: clear digits where codes are, blurred mixtures between and beyond them."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
 plots.draw_codes(left, z2, images.y_test[:2000], title="codes")
-radius = (2 * torch.log(torch.tensor(100.0))).sqrt().item()  # P(|z| > r) = exp(-r² / 2) = 1 %
+radius = (
+    (2 * torch.log(torch.tensor(100.0))).sqrt().item()
+)  # P(|z| > r) = exp(-r² / 2) = 1 %
 left.add_patch(plt.Circle((0, 0), radius, fill=False, color="black", linewidth=1.5))
 for set_limits, middle in ((left.set_xlim, centre[0]), (left.set_ylim, centre[1])):
     set_limits(middle - reach, middle + reach)
@@ -182,7 +232,9 @@ plots.draw_images(right, plane, columns=15, title="the decoded plane")
 
 # %%
 report = metrics.gaussianity(z)  # of the eight-dimensional codes
-print(f"mean Kolmogorov-Smirnov distance of a coordinate to N(0, 1): {report.ks_marginal:.2f}")
+print(
+    f"mean Kolmogorov-Smirnov distance of a coordinate to N(0, 1): {report.ks_marginal:.2f}"
+)
 print(f"the same for |z|² and its chi-squared law: {report.ks_radius:.2f}")
 # Codes drawn from N(0, I) would exceed 0.02 once in twenty times for these numbers of images, or less often.
 assert report.ks_radius > 0.5
@@ -196,7 +248,9 @@ assert report.ks_radius > 0.5
 # %% tags=["nbval-check-output"]
 x = data.to_unit(images.x_test[:100]).double()
 plain = autoencoder(dim=8).double()
-plain.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
+plain.load_state_dict(
+    {name: value.cpu() for name, value in model.state_dict().items()}
+)
 
 
 def there(z):
@@ -211,7 +265,10 @@ with torch.no_grad():
     moved = plain.decode(back(there(plain.encode(x))))
     noise = torch.randn(100, 8, generator=generator).double()
     print("same reconstructions:", torch.allclose(moved, plain(x), atol=1e-9))
-    print("same samples:", torch.allclose(plain.decode(back(noise)), plain.decode(noise), atol=1e-2))
+    print(
+        "same samples:",
+        torch.allclose(plain.decode(back(noise)), plain.decode(noise), atol=1e-2),
+    )
 
 # %% [markdown]
 # ## With linear maps it is PCA
@@ -222,11 +279,17 @@ with torch.no_grad():
 # %% tags=["nbval-check-output"]
 digits = data.load("digits").x_train.flatten(1).double()
 centred = digits - digits.mean(0)
-tail = torch.linalg.svdvals(centred).square()[8:].sum() / len(centred)  # what components 9 to 64 carry
+tail = torch.linalg.svdvals(centred).square()[8:].sum() / len(
+    centred
+)  # what components 9 to 64 carry
 
 torch.manual_seed(SEED)
-linear = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)).double()
-optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=600, line_search_fn="strong_wolfe")
+linear = torch.nn.Sequential(
+    torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(8, 64, bias=False)
+).double()
+optimizer = torch.optim.LBFGS(
+    linear.parameters(), max_iter=600, line_search_fn="strong_wolfe"
+)
 
 
 def closure():
@@ -239,7 +302,10 @@ def closure():
 optimizer.step(closure)
 final = closure().detach()
 print("principal components leave", f"{tail:.4f}")
-print("the linear autoencoder is within one part in 1,000 of it:", bool(tail <= final <= 1.001 * tail))
+print(
+    "the linear autoencoder is within one part in 1,000 of it:",
+    bool(tail <= final <= 1.001 * tail),
+)
 
 # %% [markdown]
 # ## What you have seen

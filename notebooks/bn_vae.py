@@ -30,9 +30,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import math
@@ -46,7 +59,11 @@ from torch import nn
 from gae_core import data, plots
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.metrics import in_batches
-from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm, FixedScaleLayerNorm
+from gae_core.normalization import (
+    CoupledBatchNorm,
+    FixedScaleBatchNorm,
+    FixedScaleLayerNorm,
+)
 from gae_core.studies import bn_vae
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +84,9 @@ print(f"size: {SIZE}, device: {device}")
 eigenvalues = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.25], dtype=torch.float64)
 noise = torch.logspace(-1, 0.9, 12, dtype=torch.float64)  # s², one linear VAE each
 torch.manual_seed(SEED)
-encoder, decoder = (0.3 * torch.randn(len(noise), 5, 5, dtype=torch.float64) for _ in range(2))
+encoder, decoder = (
+    0.3 * torch.randn(len(noise), 5, 5, dtype=torch.float64) for _ in range(2)
+)
 log_variance = torch.zeros(len(noise), 5, dtype=torch.float64)
 weights = [w.requires_grad_() for w in (encoder, decoder, log_variance)]
 optimizer = torch.optim.Adam(weights, lr=0.1)
@@ -75,11 +94,17 @@ optimizer = torch.optim.Adam(weights, lr=0.1)
 
 def linear_vae():
     """Mean reconstruction term and mean divergence of each."""
-    residual = (torch.eye(5, dtype=torch.float64) - decoder @ encoder) * eigenvalues.sqrt()
+    residual = (
+        torch.eye(5, dtype=torch.float64) - decoder @ encoder
+    ) * eigenvalues.sqrt()
     variance = log_variance.exp()
-    error = residual.square().sum((1, 2)) + (decoder.square().sum(1) * variance).sum(1)
+    error = residual.square().sum((1, 2)) + (
+        decoder.square().sum(1) * variance
+    ).sum(1)
     second_moment = (encoder.square() * eigenvalues).sum(2)
-    return error / (2 * noise), 0.5 * (second_moment + variance - log_variance - 1).sum(1)
+    return error / (2 * noise), 0.5 * (
+        second_moment + variance - log_variance - 1
+    ).sum(1)
 
 
 for step in range(1000):
@@ -89,12 +114,19 @@ for step in range(1000):
     optimizer.step()
 trained = linear_vae()[1].detach()
 theory = 0.5 * (eigenvalues / noise[:, None]).log().clamp_min(0).sum(1)
-assert ((trained - theory).abs() < 0.02).all()  # trained to the minimum but for Adam's last small steps
+assert (
+    (trained - theory).abs() < 0.02
+).all()  # trained to the minimum but for Adam's last small steps
 
 # %% mystnb={"figure": {"name": "fig-bn_vae-linear", "caption": "Divergence of a trained linear VAE against the noise of its decoder, and the theory."}, "image": {"alt": "Dots on a falling line with five kinks, on a logarithmic axis of the noise. Vertical dotted lines mark the eigenvalues, where the slope changes. Right of the largest the divergence is 0."}}
 figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
 fine = torch.logspace(-1, 0.9, 300, dtype=torch.float64)
-ax.plot(fine, 0.5 * (eigenvalues / fine[:, None]).log().clamp_min(0).sum(1), color="black", label="theory")
+ax.plot(
+    fine,
+    0.5 * (eigenvalues / fine[:, None]).log().clamp_min(0).sum(1),
+    color="black",
+    label="theory",
+)
 ax.plot(noise, trained, "o", label="trained")
 for value in eigenvalues:
     ax.axvline(float(value), color="gray", linestyle=":", linewidth=1)
@@ -125,7 +157,9 @@ def fit(norm, steps=STEPS, start=None):
     if start is not None:
         start(model)
     epochs = math.ceil(steps / (len(x_train) // bn_vae.BATCH))
-    return model, bn_vae.fit(model, x_train, epochs=epochs, seed=SEED, device=device)
+    return model, bn_vae.fit(
+        model, x_train, epochs=epochs, seed=SEED, device=device
+    )
 
 
 norms = {
@@ -140,14 +174,20 @@ models, histories = {}, {}
 for name, norm in norms.items():
     begin = time.perf_counter()
     models[name], histories[name] = fit(norm)
-    print(f"{name:<16} {len(histories[name]['kl'])} steps in {time.perf_counter() - begin:.0f} s")
+    print(
+        f"{name:<16} {len(histories[name]['kl'])} steps in {time.perf_counter() - begin:.0f} s"
+    )
 
 # %% mystnb={"figure": {"name": "fig-bn_vae-floor", "caption": "Divergence of the training batches, and its floor (dashed)."}, "image": {"alt": "Four curves against training steps on a logarithmic axis. Without a norm the divergence rises and falls again to a fraction of a nat. With layer norm and with batch norm it stays on or above a dashed line at 3.92 nats. With the coupled norm it stays far above a higher dashed line."}}
 figure, ax = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
-for i, name in enumerate(("no norm", "layer norm, 0.7", "batch norm, 0.7", "coupled, 0.5")):
+for i, name in enumerate(
+    ("no norm", "layer norm, 0.7", "batch norm, 0.7", "coupled, 0.5")
+):
     ax.plot(histories[name]["kl"], color=f"C{i}", label=name)
     if name != "no norm":
-        lowest = bn_vae.DIM * (-0.5 * math.log(0.5) if name.startswith("coupled") else 0.7**2 / 2)
+        lowest = bn_vae.DIM * (
+            -0.5 * math.log(0.5) if name.startswith("coupled") else 0.7**2 / 2
+        )
         ax.axhline(lowest, color=f"C{i}", linestyle="--", linewidth=1)
 ax.set(xlabel="step", ylabel="KL of the batch, nats", yscale="log")
 legend = ax.legend(ncols=2)
@@ -159,8 +199,13 @@ for name in ("batch norm, 0.4", "batch norm, 0.7", "batch norm, 1.2"):
     # One in a hundred is for eps: the encoder would have to give variances of 0.001 to lose as much.
     print(name, "never below its floor:", lowest > 0.99 * bn_vae.DIM * gamma**2 / 2)
 lowest = float(histories["coupled, 0.5"]["kl"].min())
-print("coupled, 0.5 never below its floor:", lowest > bn_vae.DIM * 0.5 * math.log(2))
-print("no norm: below a nat at some step:", float(histories["no norm"]["kl"].min()) < 1)
+print(
+    "coupled, 0.5 never below its floor:", lowest > bn_vae.DIM * 0.5 * math.log(2)
+)
+print(
+    "no norm: below a nat at some step:",
+    float(histories["no norm"]["kl"].min()) < 1,
+)
 
 # %% [markdown]
 # ## Step 3: what the code is worth
@@ -172,22 +217,40 @@ print("no norm: below a nat at some step:", float(histories["no norm"]["kl"].min
 # %%
 n_images, n_samples = (50, 20) if SIZE == "short" else (1000, 200)
 measured = {
-    name: bn_vae.measure(m, x_test, images=n_images, samples=n_samples, seed=SEED) for name, m in models.items()
+    name: bn_vae.measure(m, x_test, images=n_images, samples=n_samples, seed=SEED)
+    for name, m in models.items()
 }
-columns = ("NLL", "KL", "floor of the KL", "mutual information", "gain from z", "active units")
+columns = (
+    "NLL",
+    "KL",
+    "floor of the KL",
+    "mutual information",
+    "gain from z",
+    "active units",
+)
 print(f"{'':<16}" + "".join(f"{c:>20}" for c in columns))
 for name, values in measured.items():
     print(f"{name:<16}" + "".join(f"{values[c]:>20.2f}" for c in columns))
-print(f"the information cannot exceed {measured['no norm']['cap of the information']:.2f}, the logarithm of the images")
+print(
+    f"the information cannot exceed {measured['no norm']['cap of the information']:.2f}, the logarithm of the images"
+)
 
 # %% tags=["nbval-check-output"]
 print(
     "all units active with batch norm:",
-    all(measured[f"batch norm, {g}"]["active units"] == 16 for g in (0.4, 0.7, 1.2)),
+    all(
+        measured[f"batch norm, {g}"]["active units"] == 16 for g in (0.4, 0.7, 1.2)
+    ),
 )
-more = measured["batch norm, 0.7"]["mutual information"] > measured["no norm"]["mutual information"]
+more = (
+    measured["batch norm, 0.7"]["mutual information"]
+    > measured["no norm"]["mutual information"]
+)
 print("batch norm, 0.7, carries more information than no norm:", more)
-print("and its decoder uses it:", measured["batch norm, 0.7"]["gain from z"] > measured["no norm"]["gain from z"])
+print(
+    "and its decoder uses it:",
+    measured["batch norm, 0.7"]["gain from z"] > measured["no norm"]["gain from z"],
+)
 
 # %% [markdown]
 # Active units are full with batch norm, whatever the code is worth: the norm sets the variance that they count.
@@ -200,10 +263,21 @@ print("and its decoder uses it:", measured["batch norm, 0.7"]["gain from z"] > m
 # %% mystnb={"figure": {"name": "fig-bn_vae-gamma", "caption": "Batch norm with three scales on held-out images: the divergence, its two parts and the floor."}, "image": {"alt": "Curves against gamma at 0.4, 0.7 and 1.2. The divergence lies near its floor, a parabola, or above it. The information grows with gamma more slowly, and the divergence of the aggregate grows fastest between 0.7 and 1.2."}}
 gammas = [0.4, 0.7, 1.2]
 figure, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-for key, label in (("KL", "KL"), ("mutual information", "information"), ("KL of the aggregate", "KL of the aggregate")):
-    ax.plot(gammas, [measured[f"batch norm, {g}"][key] for g in gammas], "o-", label=label)
+for key, label in (
+    ("KL", "KL"),
+    ("mutual information", "information"),
+    ("KL of the aggregate", "KL of the aggregate"),
+):
+    ax.plot(
+        gammas,
+        [measured[f"batch norm, {g}"][key] for g in gammas],
+        "o-",
+        label=label,
+    )
 fine = torch.linspace(0.3, 1.3, 100)
-ax.plot(fine, bn_vae.DIM * fine**2 / 2, "--", color="gray", label=r"floor $d\gamma^2/2$")
+ax.plot(
+    fine, bn_vae.DIM * fine**2 / 2, "--", color="gray", label=r"floor $d\gamma^2/2$"
+)
 ax.set(xlabel=r"$\gamma$", ylabel="nats, held-out images")
 legend = ax.legend()
 
@@ -216,13 +290,21 @@ legend = ax.legend()
 # %% tags=["nbval-check-output"]
 torch.manual_seed(SEED)
 same = torch.randn(1, 16, dtype=torch.float64).expand(64, -1)
-no_spread = torch.zeros(64, 16, dtype=torch.float64)  # log-variances: the prior's own
+no_spread = torch.zeros(
+    64, 16, dtype=torch.float64
+)  # log-variances: the prior's own
 mu, logvar = FixedScaleLayerNorm(16, 0.7)(same, no_spread)
-print(f"layer norm: divergence {kl_to_standard_normal(mu, logvar).mean():.3f} nats, floor {16 * 0.49 / 2:.3f}")
-print("all posteriors are one, so the code says nothing:", bool((mu == mu[0]).all()))
+print(
+    f"layer norm: divergence {kl_to_standard_normal(mu, logvar).mean():.3f} nats, floor {16 * 0.49 / 2:.3f}"
+)
+print(
+    "all posteriors are one, so the code says nothing:", bool((mu == mu[0]).all())
+)
 nearly = same + 0.1 * torch.randn(64, 16, dtype=torch.float64)
 mu = FixedScaleBatchNorm(16, 0.7).double()(nearly, no_spread)[0].detach()
-print(f"batch norm, with the least of differences: {kl_to_standard_normal(mu, no_spread).mean():.3f} nats")
+print(
+    f"batch norm, with the least of differences: {kl_to_standard_normal(mu, no_spread).mean():.3f} nats"
+)
 print(
     "standard deviations of the means over the images are 0.7:",
     bool(((mu.std(0, correction=0) - 0.7).abs() < 0.001).all()),
@@ -235,20 +317,33 @@ print(
 
 # %%
 def constant_means(model):
-    last = [layer for layer in model.encoder.modules() if isinstance(layer, nn.Linear)][-1]
+    last = [
+        layer for layer in model.encoder.modules() if isinstance(layer, nn.Linear)
+    ][-1]
     with torch.no_grad():
-        last.bias[: bn_vae.DIM] += 30 * torch.randn(bn_vae.DIM, generator=torch.Generator().manual_seed(SEED))
+        last.bias[: bn_vae.DIM] += 30 * torch.randn(
+            bn_vae.DIM, generator=torch.Generator().manual_seed(SEED)
+        )
 
 
 stuck = {}
 for name in ("layer norm, 0.7", "batch norm, 0.7"):
     model, _ = fit(norms[name], start=constant_means)
     stuck[name] = bn_vae.measure(model, x_test, images=10, samples=5, seed=SEED)
-    print(name, {key: round(stuck[name][key], 2) for key in ("KL", "mutual information", "gain from z")})
+    print(
+        name,
+        {
+            key: round(stuck[name][key], 2)
+            for key in ("KL", "mutual information", "gain from z")
+        },
+    )
 
 # %% tags=["nbval-check-output"]
 layer, batch = stuck["layer norm, 0.7"], stuck["batch norm, 0.7"]
-print("layer norm: divergence at its floor or above:", layer["KL"] > 0.999 * layer["floor of the KL"])
+print(
+    "layer norm: divergence at its floor or above:",
+    layer["KL"] > 0.999 * layer["floor of the KL"],
+)
 print(
     "layer norm carries less information than a fifth of batch norm's:",
     layer["mutual information"] < batch["mutual information"] / 5,
@@ -261,8 +356,16 @@ starts = {
     for start, values in (("usual start", measured), ("equal means", stuck))
 }
 figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-for shift, key, label in ((-0.2, "KL", "KL"), (0.2, "mutual information", "information")):
-    bars = ax.bar([i + shift for i in range(4)], [values[key] for values in starts.values()], 0.36, label=label)
+for shift, key, label in (
+    (-0.2, "KL", "KL"),
+    (0.2, "mutual information", "information"),
+):
+    bars = ax.bar(
+        [i + shift for i in range(4)],
+        [values[key] for values in starts.values()],
+        0.36,
+        label=label,
+    )
     ax.bar_label(bars, fmt="%.2f", fontsize=9)
 ax.set(xticks=range(4), xticklabels=list(starts), ylabel="nats")
 ax.margins(y=0.15)
@@ -279,7 +382,9 @@ for exponent in (0, -2, -3, -4, -5, -6):
     v = 10.0**exponent
     mu = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) * v**0.5
     out = FixedScaleBatchNorm(1, 1.0).double()(mu, torch.zeros_like(mu))[0].detach()
-    print(f"variance 1e{exponent:+d}: share of the floor that is left {float(out.square().mean()):.5f}")
+    print(
+        f"variance 1e{exponent:+d}: share of the floor that is left {float(out.square().mean()):.5f}"
+    )
 
 # %% [markdown]
 # And what running averages cost: in evaluation the variance is an average over past batches. How far is the mean of
@@ -288,11 +393,15 @@ for exponent in (0, -2, -3, -4, -5, -6):
 # %%
 model = models["batch norm, 0.7"]
 mu, _ = in_batches(model.posterior, x_train)
-share = (mu.square().mean(0) / (0.49 + model.norm.beta.detach().cpu().square())).double()
+share = (
+    mu.square().mean(0) / (0.49 + model.norm.beta.detach().cpu().square())
+).double()
 print(
     f"share of the floor at evaluation, by coordinate: {share.min():.2f} to {share.max():.2f}, mean {share.mean():.3f}"
 )
-assert 0.7 < share.mean() < 1.3  # running averages of the last ten batches or so, while the weights still move
+assert (
+    0.7 < share.mean() < 1.3
+)  # running averages of the last ten batches or so, while the weights still move
 
 # %% [markdown]
 # ## Step 7: a standard deviation with a sign
@@ -307,16 +416,29 @@ with torch.no_grad():
     raw = model.encoder(x_test)[:, bn_vae.DIM :]
     scale = model.norm.squared_scales()[1]
     sigma = scale.sqrt() * model.norm.norm_sigma(raw)
-paid = torch.stack([kl_to_standard_normal(mu[:, [j]], logvar[:, [j]]).mean() for j in range(bn_vae.DIM)])
+paid = torch.stack(
+    [
+        kl_to_standard_normal(mu[:, [j]], logvar[:, [j]]).mean()
+        for j in range(bn_vae.DIM)
+    ]
+)
 least = -0.5 * scale.log()
 gap = 0.5 * (math.log(2) + 0.5772156649)  # of normal sigmas
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 axes[0].hist(sigma[:, 0], bins=50)
 for sign in (-1, 1):
-    axes[0].axvline(sign * float(scale[0].sqrt()), color="black", linestyle="--", linewidth=1)
+    axes[0].axvline(
+        sign * float(scale[0].sqrt()), color="black", linestyle="--", linewidth=1
+    )
 axes[0].set(title=r"$\sigma$ of the first coordinate", yticks=[])
 axes[1].bar(range(bn_vae.DIM), paid)
-axes[1].step(torch.arange(bn_vae.DIM + 1) - 0.5, [*least, least[-1]], where="post", color="black", label="floor")
+axes[1].step(
+    torch.arange(bn_vae.DIM + 1) - 0.5,
+    [*least, least[-1]],
+    where="post",
+    color="black",
+    label="floor",
+)
 axes[1].step(
     torch.arange(bn_vae.DIM + 1) - 0.5,
     [*(least + gap), least[-1] + gap],
@@ -328,9 +450,15 @@ axes[1].set(title="KL, nats", xlabel="coordinate")
 legend = axes[1].legend(fontsize=8)
 
 # %% tags=["nbval-check-output"]
-print("standard deviations of both signs in every coordinate:", bool(((sigma > 0).any(0) & (sigma < 0).any(0)).all()))
+print(
+    "standard deviations of both signs in every coordinate:",
+    bool(((sigma > 0).any(0) & (sigma < 0).any(0)).all()),
+)
 shares = sum(model.norm.squared_scales())
-print("squared scales add up to 1:", bool(torch.allclose(shares, torch.ones(bn_vae.DIM))))
+print(
+    "squared scales add up to 1:",
+    bool(torch.allclose(shares, torch.ones(bn_vae.DIM))),
+)
 
 # %% [markdown]
 # ## Step 8: sampling, interpolation, traversal
@@ -340,10 +468,14 @@ print("squared scales add up to 1:", bool(torch.allclose(shares, torch.ones(bn_v
 
 # %% mystnb={"figure": {"name": "fig-bn_vae-samples", "caption": "Samples of three models after a short training, and data."}, "image": {"alt": "Four grids of small black and white images: samples without a norm, with batch norm and with the coupled norm show strokes that look like parts of digits, some whole; real images for comparison."}}
 panels = {
-    name: models[name].to("cpu").sample(24, generator=torch.Generator().manual_seed(SEED))
+    name: models[name]
+    .to("cpu")
+    .sample(24, generator=torch.Generator().manual_seed(SEED))
     for name in ("no norm", "batch norm, 0.7", "coupled, 0.5")
 }
-figure = plots.image_panels({**panels, "data": x_test[:24]}, columns=8, per_row=2, size=3.4)
+figure = plots.image_panels(
+    {**panels, "data": x_test[:24]}, columns=8, per_row=2, size=3.4
+)
 
 # %% mystnb={"figure": {"name": "fig-bn_vae-walks", "caption": "Interpolations between the codes of two held-out images and traversals of single coordinates."}, "image": {"alt": "Two grids of six rows of images. Without a norm all images of a row are nearly alike, in interpolations and traversals. With batch norm the strokes change along the rows."}}
 STEPS_OF_A_WALK = 9
@@ -359,7 +491,9 @@ def walks(model):
         row[:, j] = torch.linspace(-2.5, 2.5, STEPS_OF_A_WALK)
         rows.append(row)
     generator = torch.Generator().manual_seed(SEED)
-    return torch.cat([model.decode(row, generator=generator, shared=True) for row in rows])
+    return torch.cat(
+        [model.decode(row, generator=generator, shared=True) for row in rows]
+    )
 
 
 figure = plots.image_panels(

@@ -29,9 +29,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import os
@@ -64,14 +77,23 @@ language = text.SyntheticLanguage(text.RECIPES["learnable"])
 for words in sentences.vocabulary.decode(sentences.test[:4]):
     print(" ".join(words))
 generator = torch.Generator().manual_seed(SEED)
-optimum = language.optimum(sentences.test, sentences.z_test, samples=1500, generator=generator)
-print(f"\n-log p(x) is between {optimum.nll_below.mean():.2f} and {optimum.nll.mean():.2f} nats, on average")
-print(f"-log p(x | z) is {optimum.given_code.mean():.2f}: knowing z is worth I(x; z) = {optimum.information:.2f}")
+optimum = language.optimum(
+    sentences.test, sentences.z_test, samples=1500, generator=generator
+)
+print(
+    f"\n-log p(x) is between {optimum.nll_below.mean():.2f} and {optimum.nll.mean():.2f} nats, on average"
+)
+print(
+    f"-log p(x | z) is {optimum.given_code.mean():.2f}: knowing z is worth I(x; z) = {optimum.information:.2f}"
+)
 
 # %% tags=["nbval-check-output"]
 gap = optimum.nll - optimum.nll_below
 print("the bracket is narrower than 0.1 nat:", bool(gap.mean() < 0.1))
-print("and it is a bracket:", bool((gap.mean() > 0) & (optimum.nll.mean() > optimum.given_code.mean())))
+print(
+    "and it is a bracket:",
+    bool((gap.mean() > 0) & (optimum.nll.mean() > optimum.given_code.mean())),
+)
 
 # %% [markdown]
 # ## Step 2: train three models alike
@@ -88,7 +110,14 @@ def build(tokens, norm=None):
     return TextVAE(encoder, nets.LSTMDecoder(tokens, DIM), DIM, norm=norm)
 
 
-recipe = dict(batch_size=32, lr=1.0, optimizer="sgd", clip=5.0, schedule=lambda t: 1 - t, progress=False)
+recipe = dict(
+    batch_size=32,
+    lr=1.0,
+    optimizer="sgd",
+    clip=5.0,
+    schedule=lambda t: 1 - t,
+    progress=False,
+)
 norms = {
     "plain": lambda: None,
     "δ-VAE": lambda: CommittedRate(0.25),
@@ -99,14 +128,26 @@ for name, norm in norms.items():
     torch.manual_seed(SEED)
     models[name] = build(len(sentences.vocabulary), norm())
     start = time.perf_counter()
-    histories[name] = train.fit(models[name], sentences.train, epochs=2 if SIZE == "short" else 10, seed=SEED, **recipe)
-    print(f"{name:<7} {len(histories[name]['kl'])} steps in {time.perf_counter() - start:.0f} s")
+    histories[name] = train.fit(
+        models[name],
+        sentences.train,
+        epochs=2 if SIZE == "short" else 10,
+        seed=SEED,
+        **recipe,
+    )
+    print(
+        f"{name:<7} {len(histories[name]['kl'])} steps in {time.perf_counter() - start:.0f} s"
+    )
 
 # %% mystnb={"figure": {"name": "fig-bn_vae_text-collapse", "caption": "KL divergence and reconstruction in training."}, "image": {"alt": "Two panels over training steps. Left: the KL divergence of the plain VAE falls to 0 within the first hundred steps, that of the delta-VAE stays at 2 nats, that of the BN-VAE just above. Right: the cost of the words falls for all three, lowest for the BN-VAE."}}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 for name, history in histories.items():
     for ax, key in zip(axes, ("kl", "reconstruction"), strict=True):
-        ax.plot(torch.arange(0, len(history[key]), 25), history[key].view(-1, 25).mean(1), label=name)
+        ax.plot(
+            torch.arange(0, len(history[key]), 25),
+            history[key].view(-1, 25).mean(1),
+            label=name,
+        )
 axes[0].axhline(8 * 0.7**2 / 2, color="grey", linestyle=":", label="8 · 0.7² / 2")
 axes[0].set(title="KL, nats a sentence", xlabel="step", ylim=(-0.1, 4))
 axes[1].set(title="-log p(x | z), nats", xlabel="step", ylim=(11, 20))
@@ -126,11 +167,23 @@ for name, model in models.items():
     with torch.no_grad():
         x = sentences.test.to(device)
         mu, logvar = model.posterior(x)
-        z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator).to(device)
-        gain = (model.log_likelihood(x, z) - model.log_likelihood(x, z.roll(1, 0))).mean()
+        z = mu + (0.5 * logvar).exp() * torch.randn(
+            mu.shape, generator=generator
+        ).to(device)
+        gain = (
+            model.log_likelihood(x, z) - model.log_likelihood(x, z.roll(1, 0))
+        ).mean()
     split = variational.encoder_information(mu, logvar, generator=generator)
-    nll = variational.importance_weighted_nll(model, x, samples=100, generator=generator).mean()
-    found[name] = (nll, split.kl, split.mutual_information, variational.active_units(mu), gain)
+    nll = variational.importance_weighted_nll(
+        model, x, samples=100, generator=generator
+    ).mean()
+    found[name] = (
+        nll,
+        split.kl,
+        split.mutual_information,
+        variational.active_units(mu),
+        gain,
+    )
 print(f"{'':<7}{'NLL':>8}{'KL':>8}{'MI':>8}{'AU':>6}{'gain':>8}")
 for name, (nll, kl, mi, active, gain) in found.items():
     print(f"{name:<7}{nll:>8.2f}{kl:>8.2f}{mi:>8.2f}{active:>6}{gain:>8.2f}")
@@ -138,9 +191,17 @@ for name, (nll, kl, mi, active, gain) in found.items():
 # %% tags=["nbval-check-output"]
 print("the plain VAE has no divergence:", found["plain"][1] < 0.1)
 print("the δ-VAE has two nats of it:", found["δ-VAE"][1] > 1.99)
-print("and the BN-VAE says more with them:", found["BN-VAE"][2] > 1.3 * max(found["δ-VAE"][2], found["plain"][2]))
-print("every unit of the BN-VAE is active, as it must be:", found["BN-VAE"][3] == DIM)
-print("no model is better than the optimum:", all(values[0] > optimum.nll_below.mean() for values in found.values()))
+print(
+    "and the BN-VAE says more with them:",
+    found["BN-VAE"][2] > 1.3 * max(found["δ-VAE"][2], found["plain"][2]),
+)
+print(
+    "every unit of the BN-VAE is active, as it must be:", found["BN-VAE"][3] == DIM
+)
+print(
+    "no model is better than the optimum:",
+    all(values[0] > optimum.nll_below.mean() for values in found.values()),
+)
 
 # %% [markdown]
 # ## Step 4: is it the code that the sentence was made from?
@@ -150,17 +211,23 @@ print("no model is better than the optimum:", all(values[0] > optimum.nll_below.
 # Predict: what will it find in the means of the plain VAE, whose divergence is 0?
 
 # %% mystnb={"figure": {"name": "fig-bn_vae_text-codes", "caption": "True codes, and what a linear map finds in the codes of three models."}, "image": {"alt": "Four scatter plots in the plane. The true codes are four clouds in four colours. Those found in the BN-VAE's codes are four clouds at nearly the same places, those in the plain VAE's and the delta-VAE's run into one another."}}
-figure, axes = plt.subplots(1, 4, figsize=(9, 2.6), layout="constrained", sharex=True, sharey=True)
+figure, axes = plt.subplots(
+    1, 4, figsize=(9, 2.6), layout="constrained", sharex=True, sharey=True
+)
 mode = (sentences.z_test[:, None] - text.MODES).square().sum(2).argmin(1)
 axes[0].scatter(*sentences.z_test.T, c=mode, cmap="tab10", s=6)
 axes[0].set_title("true codes")
 explained = {}
 for ax, (name, model) in zip(axes[1:], models.items(), strict=True):
     seen, new = (
-        torch.nn.functional.pad(model.encode(x.to(device)).detach().cpu().double(), (0, 1), value=1.0)
+        torch.nn.functional.pad(
+            model.encode(x.to(device)).detach().cpu().double(), (0, 1), value=1.0
+        )
         for x in (sentences.train[:2000], sentences.test)
     )
-    read = new @ torch.linalg.lstsq(seen, sentences.z_train[:2000].double()).solution
+    read = (
+        new @ torch.linalg.lstsq(seen, sentences.z_train[:2000].double()).solution
+    )
     spread = (sentences.z_test - sentences.z_test.mean(0)).square().sum()
     explained[name] = 1 - float((read - sentences.z_test).square().sum() / spread)
     ax.scatter(*read.T, c=mode, cmap="tab10", s=6)
@@ -177,7 +244,10 @@ assert explained["BN-VAE"] > 0.7
 with torch.no_grad():
     mu, logvar = models["plain"].posterior(sentences.test.to(device))
 ratio = mu.std(0) / (0.5 * logvar).exp().mean(0)
-print("plain VAE, spread of the means over the noise, by dimension:", [f"{r:.3f}" for r in ratio.tolist()])
+print(
+    "plain VAE, spread of the means over the noise, by dimension:",
+    [f"{r:.3f}" for r in ratio.tolist()],
+)
 # The information of a dimension is about r² / 2 nats for small r: at 0.15 it is 0.01.
 assert (ratio < 0.15).all()
 
@@ -204,10 +274,14 @@ with tempfile.TemporaryDirectory() as folder:
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines))
     english = text.load_sentences(path)
-print(f"{len(english.train)} + {len(english.test)} sentences, {len(english.vocabulary)} tokens")
+print(
+    f"{len(english.train)} + {len(english.test)} sentences, {len(english.vocabulary)} tokens"
+)
 torch.manual_seed(SEED)
 model = build(len(english.vocabulary), FixedScaleBatchNorm(DIM, 0.7))
-train.fit(model, english.train, epochs=6 if SIZE == "short" else 20, seed=SEED, **recipe)
+train.fit(
+    model, english.train, epochs=6 if SIZE == "short" else 20, seed=SEED, **recipe
+)
 length = english.train.shape[1]
 generator = torch.Generator().manual_seed(SEED)
 drawn = model.sample(6, length=length, generator=generator)
@@ -216,11 +290,36 @@ for words in english.vocabulary.decode(drawn):
     print("  " + " ".join(words))
 
 # %% tags=["nbval-check-output"]
-drawn = english.vocabulary.decode(model.sample(400, length=length, generator=generator))
-ships = {"sailor", "captain", "pilot", "steers", "loads", "sinks", "ship", "boat", "raft"}
-bread = {"baker", "cook", "miller", "bakes", "cuts", "sells", "bread", "cake", "pie"}
+drawn = english.vocabulary.decode(
+    model.sample(400, length=length, generator=generator)
+)
+ships = {
+    "sailor",
+    "captain",
+    "pilot",
+    "steers",
+    "loads",
+    "sinks",
+    "ship",
+    "boat",
+    "raft",
+}
+bread = {
+    "baker",
+    "cook",
+    "miller",
+    "bakes",
+    "cuts",
+    "sells",
+    "bread",
+    "cake",
+    "pie",
+}
 pure = [not (ships & set(words) and bread & set(words)) for words in drawn]
-print("nine of ten drawn sentences have seven words:", sum(len(words) == 7 for words in drawn) > 0.9 * len(drawn))
+print(
+    "nine of ten drawn sentences have seven words:",
+    sum(len(words) == 7 for words in drawn) > 0.9 * len(drawn),
+)
 print("and keep to their topic:", sum(pure) > 0.9 * len(pure))
 
 # %% [markdown]
@@ -242,7 +341,8 @@ def draw_sentences(ax, tokens, labels, vocabulary):
 with torch.no_grad():
     mu = model.encode(english.test.to(device))
 about_ships = torch.tensor(
-    [bool(ships & set(words)) for words in english.vocabulary.decode(english.test)], device=device
+    [bool(ships & set(words)) for words in english.vocabulary.decode(english.test)],
+    device=device,
 )
 start, end = mu[about_ships][0], mu[~about_ships][0]
 steps = torch.linspace(0, 1, 7, device=device)[:, None]
@@ -251,8 +351,18 @@ axis = int((mu[about_ships].mean(0) - mu[~about_ships].mean(0)).abs().argmax())
 walk = ((start + end) / 2).repeat(7, 1)
 walk[:, axis] = torch.linspace(-2, 2, 7, device=device)
 figure, axes = plt.subplots(2, 1, figsize=(8, 5), layout="constrained")
-draw_sentences(axes[0], model.decode(line, length), [f"{t:.2f}" for t in steps[:, 0]], english.vocabulary)
-draw_sentences(axes[1], model.decode(walk, length), [f"{v:.1f}" for v in walk[:, axis]], english.vocabulary)
+draw_sentences(
+    axes[0],
+    model.decode(line, length),
+    [f"{t:.2f}" for t in steps[:, 0]],
+    english.vocabulary,
+)
+draw_sentences(
+    axes[1],
+    model.decode(walk, length),
+    [f"{v:.1f}" for v in walk[:, axis]],
+    english.vocabulary,
+)
 axes[0].set_title("between two sentences")
 axes[1].set_title(f"along coordinate {axis}")
 plt.show()

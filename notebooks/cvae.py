@@ -29,9 +29,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import os
@@ -52,7 +65,10 @@ SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
 images = data.example_images()
 print(f"size: {SIZE}, device: {device}")
 few = images.name == "digits"
-x, y = images.x_train[: 10_000 if SIZE == "short" else 60_000], images.y_train[: 10_000 if SIZE == "short" else 60_000]
+x, y = (
+    images.x_train[: 10_000 if SIZE == "short" else 60_000],
+    images.y_train[: 10_000 if SIZE == "short" else 60_000],
+)
 
 
 def seeded(seed):
@@ -68,14 +84,24 @@ def seeded(seed):
 # %%
 epochs = {"short": 40 if few else 4, "full": 100}[SIZE]
 models = {}
-for kind, title in (("beside", "label beside both networks"), ("prior", "label in the prior's mean")):
+for kind, title in (
+    ("beside", "label beside both networks"),
+    ("prior", "label in the prior's mean"),
+):
     start = time.perf_counter()
     model = study.build(images.shape, 10, kind=kind, beta=2.0, seed=0)
-    how = {"epochs": epochs, "batch_size": 64 if few else 128, "lr": 2e-3, "schedule": lambda t: 1 - t}
+    how = {
+        "epochs": epochs,
+        "batch_size": 64 if few else 128,
+        "lr": 2e-3,
+        "schedule": lambda t: 1 - t,
+    }
     history = train.fit(model, x, y, seed=0, progress=False, **how)
     models[title] = model.cpu()
     loss, kl = (float(history[name][-50:].mean()) for name in ("total", "kl"))
-    print(f"{title:<28} loss {loss:6.1f}, divergence {kl:5.2f} nats, {time.perf_counter() - start:.0f} s")
+    print(
+        f"{title:<28} loss {loss:6.1f}, divergence {kl:5.2f} nats, {time.perf_counter() - start:.0f} s"
+    )
 
 # %% tags=["nbval-check-output"]
 beside = models["label beside both networks"]
@@ -87,7 +113,10 @@ for bad in (torch.tensor([10]), torch.tensor([0.0])):
 
 # %% mystnb={"figure": {"name": "fig-cvae-classes", "caption": "A row for each label: the label beside both networks, and in the prior's mean alone."}, "image": {"alt": "Two grids of ten rows of ten digits. In the left one most images of a row show the digit of its number, in several hands. In the right one the rows mix digits: the classes overlap."}}
 asked = torch.arange(10).repeat_interleave(10)
-grids = {title: model.sample(100, asked, generator=seeded(0)) for title, model in models.items()}
+grids = {
+    title: model.sample(100, asked, generator=seeded(0))
+    for title, model in models.items()
+}
 figure = plots.image_panels(grids, columns=10, per_row=2, size=4)
 
 # %%
@@ -95,13 +124,19 @@ judge = classifier(images)
 many = torch.arange(10).repeat_interleave(200)
 shares = {}
 for title, model in models.items():
-    labels = metrics.in_batches(judge, model.sample(2000, many, generator=seeded(1))).argmax(1)
+    labels = metrics.in_batches(
+        judge, model.sample(2000, many, generator=seeded(1))
+    ).argmax(1)
     shares[title] = float((labels == many).double().mean())
-    print(f"{title:<28} shows the label asked for in {shares[title]:.1%} of 2,000 images")
+    print(
+        f"{title:<28} shows the label asked for in {shares[title]:.1%} of 2,000 images"
+    )
 w = models["label in the prior's mean"].means
 distance = torch.pdist(w)
 limit = 1 - torch.distributions.Normal(0.0, 1.0).cdf(-distance.min() / 2)
-print(f"means of the prior: nearest two {distance.min():.2f} apart, at most {limit:.1%} of that pair can be right")
+print(
+    f"means of the prior: nearest two {distance.min():.2f} apart, at most {limit:.1%} of that pair can be right"
+)
 
 # %% tags=["nbval-check-output"]
 print(
@@ -119,7 +154,13 @@ test = data.to_unit(images.x_test[:6])
 with torch.no_grad():
     codes = beside.encode(test, images.y_test[:6])
     rows = [
-        torch.cat([test[i : i + 1], beside.decode(codes[i].expand(10, -1), torch.arange(10))]) for i in range(len(test))
+        torch.cat(
+            [
+                test[i : i + 1],
+                beside.decode(codes[i].expand(10, -1), torch.arange(10)),
+            ]
+        )
+        for i in range(len(test))
     ]
 figure, ax = plt.subplots(figsize=(8, 4.4), layout="constrained")
 plots.draw_images(ax, torch.cat(rows), columns=11)
@@ -130,13 +171,18 @@ prior_mean = models["label in the prior's mean"]
 first = data.to_unit(images.x_test[:500])
 with torch.no_grad():
     a, b = beside.encode(first[:2], images.y_test[:2])
-    between = [beside.decode((1 - t) * a + t * b, torch.full((11,), k)) for k in (3, 8)]
+    between = [
+        beside.decode((1 - t) * a + t * b, torch.full((11,), k)) for k in (3, 8)
+    ]
     busiest = int(beside.encode(first, images.y_test[:500]).var(0).argmax())
     along = torch.zeros(11, len(a))
     along[:, busiest] = 6 * t[:, 0] - 3
     traversal = [beside.decode(along, torch.full((11,), k)) for k in (2, 7)]
     a, b, c = prior_mean.encode(first[:3], images.y_test[:3])
-    classes = [prior_mean.decode((1 - t) * u + t * v, torch.zeros(11, dtype=torch.long)) for u, v in ((a, b), (b, c))]
+    classes = [
+        prior_mean.decode((1 - t) * u + t * v, torch.zeros(11, dtype=torch.long))
+        for u, v in ((a, b), (b, c))
+    ]
 figure, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
 plots.draw_images(ax, torch.cat([*between, *traversal, *classes]), columns=11)
 
@@ -150,7 +196,10 @@ plots.draw_images(ax, torch.cat([*between, *traversal, *classes]), columns=11)
 with torch.no_grad():
     mu, logvar = prior_mean.posterior(data.to_unit(x[:5000]), y[:5000])
     best = torch.stack([mu[y[:5000] == k].mean(0) for k in range(10)])[y[:5000]]
-    saved = kl_to_standard_normal(mu, logvar).mean() - kl_to_standard_normal(mu - best, logvar).mean()
+    saved = (
+        kl_to_standard_normal(mu, logvar).mean()
+        - kl_to_standard_normal(mu - best, logvar).mean()
+    )
 half = 0.5 * best.square().sum(1).mean()
 print(f"saved {saved:.3f} nats, half the squared length of the means {half:.3f}")
 assert abs(saved - half) < 1e-3 * half  # an identity: rounding alone
@@ -163,12 +212,19 @@ assert abs(saved - half) < 1e-3 * half  # an identity: rounding alone
 
 # %%
 mask = quadrant_mask(*images.shape[1:], study.OBSERVED[1])
-(missing, seen), (missing_test, seen_test) = (study.halves(v, mask) for v in (x, images.x_test[:500]))
+(missing, seen), (missing_test, seen_test) = (
+    study.halves(v, mask) for v in (x, images.x_test[:500])
+)
 plain, completer = study.completion(seen.shape[1], missing.shape[1], seed=0, dim=20)
 rounds = {"short": 30 if few else 4, "full": 60}[SIZE]
 for network in (plain, completer):
     start = time.perf_counter()
-    how = {"epochs": rounds, "batch_size": 64 if few else 128, "lr": 1e-3, "progress": False}
+    how = {
+        "epochs": rounds,
+        "batch_size": 64 if few else 128,
+        "lr": 1e-3,
+        "progress": False,
+    }
     train.fit(network, missing, seen, **how)
     print(f"{type(network).__name__:<14} {time.perf_counter() - start:.0f} s")
 plain, completer = plain.cpu(), completer.cpu()
@@ -179,10 +235,17 @@ with torch.no_grad():
 estimates = {}
 for proposal, samples in (("posterior", 1), ("posterior", 50), ("prior", 50)):
     nll = importance_weighted_nll(
-        completer, missing_test, seen_test, samples=samples, proposal=proposal, generator=seeded(0)
+        completer,
+        missing_test,
+        seen_test,
+        samples=samples,
+        proposal=proposal,
+        generator=seeded(0),
     )
     estimates[proposal, samples] = float(nll.mean())
-    print(f"{samples:>3} draws from the {proposal:<10} {estimates[proposal, samples]:7.2f} nats")
+    print(
+        f"{samples:>3} draws from the {proposal:<10} {estimates[proposal, samples]:7.2f} nats"
+    )
 print(f"without a code            {without:7.2f} nats")
 # Jensen: more draws can only lower the estimate, but for noise; draws from the prior are far worse.
 assert estimates["posterior", 50] < estimates["posterior", 1] + 0.1
@@ -201,8 +264,14 @@ def together(rest, part):
 chosen = slice(0, 6)
 part = seen_test[chosen]
 with torch.no_grad():
-    columns = [together(torch.full_like(missing_test[chosen], 0.3), part), together(plain(part), part)]
-    columns += [together(completer.sample(6, part, generator=seeded(s)), part) for s in range(4)]
+    columns = [
+        together(torch.full_like(missing_test[chosen], 0.3), part),
+        together(plain(part), part),
+    ]
+    columns += [
+        together(completer.sample(6, part, generator=seeded(s)), part)
+        for s in range(4)
+    ]
 columns.append(together(missing_test[chosen], part))
 figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
 plots.draw_images(ax, torch.stack(columns, 1).flatten(0, 1), columns=7)

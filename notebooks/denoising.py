@@ -30,9 +30,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import os
@@ -93,12 +106,18 @@ print("total variation:   ", (0.5 * np.abs(long_run(C @ wrong) - p).sum()).round
 # correction, divided by $\sigma^2$, is the score of the smoothed density, whatever the level.
 
 # %%
-weights, means, stds = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 1.5]), torch.tensor([0.4, 0.6])
+weights, means, stds = (
+    torch.tensor([0.3, 0.7]),
+    torch.tensor([-1.0, 1.5]),
+    torch.tensor([0.4, 0.6]),
+)
 
 
 def two_gaussians(sigma=0.0):
     parts = torch.distributions.Normal(means, (stds**2 + sigma**2).sqrt())
-    return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(weights), parts)
+    return torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(weights), parts
+    )
 
 
 def exact_score(x, sigma):
@@ -111,9 +130,23 @@ drawn = two_gaussians().sample((8000, 1))
 levels, learned, at = (0.25, 0.6, 1.5), {}, torch.linspace(-2.2, 3.2, 41)[:, None]
 for sigma in levels:
     torch.manual_seed(0)
-    encoder, decoder = nets.mlp([1, 64, 64], activation=torch.nn.Tanh), nets.mlp([64, 1])
-    denoiser = DenoisingAutoencoder(encoder, decoder, 64, corruption=gaussian_noise(sigma), likelihood="gaussian")
-    how = {"epochs": 120, "batch_size": 500, "lr": 1e-2, "schedule": lambda t: 1 - t}
+    encoder, decoder = (
+        nets.mlp([1, 64, 64], activation=torch.nn.Tanh),
+        nets.mlp([64, 1]),
+    )
+    denoiser = DenoisingAutoencoder(
+        encoder,
+        decoder,
+        64,
+        corruption=gaussian_noise(sigma),
+        likelihood="gaussian",
+    )
+    how = {
+        "epochs": 120,
+        "batch_size": 500,
+        "lr": 1e-2,
+        "schedule": lambda t: 1 - t,
+    }
     train.fit(denoiser, drawn, device="cpu", progress=False, **how)
     learned[sigma] = denoiser.score(at, sigma).detach()
 
@@ -130,8 +163,13 @@ legend = axes[0].legend(fontsize=8)
 # %%
 inside = (at > -1.6) & (at < 2.6)  # where there are data to learn from
 for sigma in levels:
-    smoothed, bare = ((learned[sigma] - exact_score(at, s))[inside].abs().mean() for s in (sigma, 0.0))
-    print(f"sigma = {sigma}: mean distance from the smoothed score {smoothed:.2f}, from that of the data {bare:.2f}")
+    smoothed, bare = (
+        (learned[sigma] - exact_score(at, s))[inside].abs().mean()
+        for s in (sigma, 0.0)
+    )
+    print(
+        f"sigma = {sigma}: mean distance from the smoothed score {smoothed:.2f}, from that of the data {bare:.2f}"
+    )
     # a small network on 8,000 draws; the error of a score is that of the denoiser divided by sigma squared
     assert smoothed < 0.04 / sigma**2 and (smoothed < bare or sigma < 0.5)
 
@@ -142,7 +180,11 @@ for sigma in levels:
 # follows the chain for four steps and asks for the clean image at each.
 
 # %%
-binary = (data.to_unit(images.x_train) > 0.5).float()[: 4000 if SIZE == "short" else 60_000].to(device)
+binary = (
+    (data.to_unit(images.x_train) > 0.5)
+    .float()[: 4000 if SIZE == "short" else 60_000]
+    .to(device)
+)
 held_out = (data.to_unit(images.x_test) > 0.5).float()[:1000]
 epochs = {"digits": 30}.get(images.name, 9) if SIZE == "short" else 40
 models = {}
@@ -150,15 +192,26 @@ for name, walkback in (("without walkback", 1), ("with walkback", 4)):
     torch.manual_seed(0)
     pair = nets.mlp_pair(images.shape, 256, hidden=(), output=torch.nn.Identity)
     encoder = torch.nn.Sequential(pair[0], torch.nn.ReLU())
-    models[name] = DenoisingAutoencoder(encoder, pair[1], 256, corruption=salt_and_pepper(0.4), walkback=walkback)
+    models[name] = DenoisingAutoencoder(
+        encoder, pair[1], 256, corruption=salt_and_pepper(0.4), walkback=walkback
+    )
     start = time.perf_counter()
-    passes = epochs * 3 if walkback == 1 else epochs  # a step of the walk costs as much as one without it
-    history = train.fit(models[name], binary, epochs=passes, batch_size=100, lr=2e-3, progress=False)
+    passes = (
+        epochs * 3 if walkback == 1 else epochs
+    )  # a step of the walk costs as much as one without it
+    history = train.fit(
+        models[name], binary, epochs=passes, batch_size=100, lr=2e-3, progress=False
+    )
     first = history["first"][-50:].mean()
-    print(f"{name:<18} {passes} epochs, {time.perf_counter() - start:.0f} s, nats a clean image {first:.1f}")
+    print(
+        f"{name:<18} {passes} epochs, {time.perf_counter() - start:.0f} s, nats a clean image {first:.1f}"
+    )
 
 # %% mystnb={"figure": {"name": "fig-denoising-chains", "caption": "Chains from six held-out images, every fourth step; above without walkback, below with it."}, "image": {"alt": "Two blocks of six rows of sixteen images. Each row starts with a digit and shows later steps of a chain."}}
-chains = {name: m.to("cpu").chain(held_out[:6], 64, generator=seeded(0)) for name, m in models.items()}
+chains = {
+    name: m.to("cpu").chain(held_out[:6], 64, generator=seeded(0))
+    for name, m in models.items()
+}
 shown = {}
 for name, (means_, _) in chains.items():
     steps = torch.cat([held_out[None, :6], means_[3:60:4]])
@@ -173,19 +226,33 @@ figure = plots.image_panels(shown, columns=16, per_row=1, size=4)
 # how many independent labels a thousand steps are worth, by the effective sample size.
 
 # %%
-runs = {name: m.chain(held_out[:500], 40, generator=seeded(1))[0] for name, m in models.items()}
+runs = {
+    name: m.chain(held_out[:500], 40, generator=seeded(1))[0]
+    for name, m in models.items()
+}
 judge = experiments.classifier(images)
-labels = {name: metrics.in_batches(judge, x.flatten(0, 1)).argmax(1).view(40, -1) for name, x in runs.items()}
+labels = {
+    name: metrics.in_batches(judge, x.flatten(0, 1)).argmax(1).view(40, -1)
+    for name, x in runs.items()
+}
 origin = metrics.in_batches(judge, held_out[:500]).argmax(1)
 real = metrics.in_batches(judge.features, held_out)
 found, worth = {}, {}
 for name, x in runs.items():
     fake = metrics.in_batches(judge.features, x[[19, 39]].flatten(0, 1))
-    found[name] = metrics.frechet_distance(fake, real), float((labels[name][-1] != origin).double().mean())
+    found[name] = (
+        metrics.frechet_distance(fake, real),
+        float((labels[name][-1] != origin).double().mean()),
+    )
     worth[name] = mixing(labels[name], int(images.y_train.max()) + 1).ess
-    print(f"{name:<18} Fréchet {found[name][0]:8.1f}, another label after 40 steps: {found[name][1]:.0%}", end=", ")
+    print(
+        f"{name:<18} Fréchet {found[name][0]:8.1f}, another label after 40 steps: {found[name][1]:.0%}",
+        end=", ",
+    )
     print(f"1,000 steps are worth {worth[name]:.0f} labels")
-assert all(0.05 < moved < 0.95 for _, moved in found.values())  # neither stuck nor independent
+assert all(
+    0.05 < moved < 0.95 for _, moved in found.values()
+)  # neither stuck nor independent
 # At its optimum, four steps of walkback make a step do the work of one to four, 2.5 in the mean.
 assert worth["with walkback"] > 1.3 * worth["without walkback"]
 
@@ -201,13 +268,22 @@ pool = data.to_unit(images.x_train[:2000]).flatten(1).double()
 centres = fit_local_linear(pool, n, 0, max_steps=5, generator=seeded(0)).model.mu
 test = data.to_unit(images.x_test[:1000]).flatten(1)
 samples = {"real images": pool[-n:], "centres of k-means": centres}
-samples |= {f"chain {name}": x[19:40:7, : n // 3].flatten(0, 1).flatten(1) for name, x in runs.items()}
-parzen = {name: float(metrics.parzen_log_likelihood(v, test, width=0.2).mean()) for name, v in samples.items()}
+samples |= {
+    f"chain {name}": x[19:40:7, : n // 3].flatten(0, 1).flatten(1)
+    for name, x in runs.items()
+}
+parzen = {
+    name: float(metrics.parzen_log_likelihood(v, test, width=0.2).mean())
+    for name, v in samples.items()
+}
 for name, value in parzen.items():
     print(f"{name:<24} {value:8.1f} nats from {len(samples[name])} samples")
 
 # %% tags=["nbval-check-output"]
-print("averages are judged better than data:", parzen["centres of k-means"] > parzen["real images"])
+print(
+    "averages are judged better than data:",
+    parzen["centres of k-means"] > parzen["real images"],
+)
 
 # %% mystnb={"figure": {"name": "fig-denoising-parzen", "caption": "Parzen estimates with the same number of samples and the same width."}, "image": {"alt": "Horizontal bars of the Parzen estimate for real images, centres of k-means and two chains; the centres reach furthest to the right."}}
 figure, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
@@ -227,14 +303,25 @@ small = data.to_unit(images.x_train[:2000])
 contractions = {}
 for lam in (0.0, 1.0):
     torch.manual_seed(0)
-    model = ContractiveAutoencoder(*nets.mlp_pair(images.shape, 8, hidden=(128,)), 8, lam=lam)
-    train.fit(model, small, epochs=8, batch_size=50, lr=3e-3, device="cpu", progress=False)
+    model = ContractiveAutoencoder(
+        *nets.mlp_pair(images.shape, 8, hidden=(128,)), 8, lam=lam
+    )
+    train.fit(
+        model, small, epochs=8, batch_size=50, lr=3e-3, device="cpu", progress=False
+    )
     with torch.no_grad():
         loss = model.loss(data.to_unit(images.x_test[:500]))
-    contractions[lam] = float(loss.contraction.mean()), float(loss.reconstruction.mean())
-    print(f"lambda = {lam}: squared Jacobian {contractions[lam][0]:.2f}, squared error {contractions[lam][1]:.2f}")
+    contractions[lam] = (
+        float(loss.contraction.mean()),
+        float(loss.reconstruction.mean()),
+    )
+    print(
+        f"lambda = {lam}: squared Jacobian {contractions[lam][0]:.2f}, squared error {contractions[lam][1]:.2f}"
+    )
 assert contractions[1.0][0] < 0.2 * contractions[0.0][0]  # what is penalised falls
-walked = model.chain(data.to_unit(images.x_test[:8]), 5, sigma=1.0, generator=seeded(0))
+walked = model.chain(
+    data.to_unit(images.x_test[:8]), 5, sigma=1.0, generator=seeded(0)
+)
 assert walked.shape == (5, 8, *images.shape)
 
 # %% [markdown]

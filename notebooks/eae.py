@@ -30,9 +30,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import os
@@ -81,7 +94,9 @@ model = experiments.build("eae", images.shape, size="short", seed=SEED).double()
 x = data.to_unit(images.x_train[:128]).double()
 loss = model.loss(x)
 z = model.normalization(model.encoder(x))
-by_hand = (x - model.decoder(z)).square().sum((1, 2, 3)) - model.lam * knn_local_entropy(z)
+by_hand = (x - model.decoder(z)).square().sum(
+    (1, 2, 3)
+) - model.lam * knn_local_entropy(z)
 print("the model's loss is what we wrote:", torch.allclose(loss.total, by_hand))
 print("one value per image:", loss.total.shape == (128,))
 
@@ -89,13 +104,21 @@ print("one value per image:", loss.total.shape == (128,))
 # ## Step 3: train all three
 
 # %%
-names = {"autoencoder": "plain autoencoder", "batch_norm": "batch norm alone", "eae": "EAE"}
+names = {
+    "autoencoder": "plain autoencoder",
+    "batch_norm": "batch norm alone",
+    "eae": "EAE",
+}
 models, histories = {}, {}
 for name, title in names.items():
     start = time.perf_counter()
     models[title] = experiments.build(name, images.shape, size=SIZE, seed=SEED)
-    histories[title] = experiments.fit(models[title], images, size=SIZE, seed=SEED, progress=False)
-    print(f"{title:<18} {len(histories[title]['total'])} steps in {time.perf_counter() - start:.0f} s")
+    histories[title] = experiments.fit(
+        models[title], images, size=SIZE, seed=SEED, progress=False
+    )
+    print(
+        f"{title:<18} {len(histories[title]['total'])} steps in {time.perf_counter() - start:.0f} s"
+    )
 
 # %% [markdown]
 # ## Predict, then look
@@ -103,8 +126,13 @@ for name, title in names.items():
 # The same random codes from $N(0, I)$ go into each decoder. Which of the three shows digits?
 
 # %% mystnb={"figure": {"name": "fig-eae-samples", "caption": "Decoded codes from N(0, I), the same for the three models, and real images."}, "image": {"alt": "Four grids of images. The plain autoencoder shows grey smears. With batch norm alone many are digits, others broken shapes. The EAE shows mostly digits. Real images for comparison."}}
-panels = {title: m.sample(36, generator=torch.Generator().manual_seed(SEED)).cpu() for title, m in models.items()}
-figure = plots.image_panels({**panels, "real images": images.x_test[:36]}, columns=6, per_row=2, size=3)
+panels = {
+    title: m.sample(36, generator=torch.Generator().manual_seed(SEED)).cpu()
+    for title, m in models.items()
+}
+figure = plots.image_panels(
+    {**panels, "real images": images.x_test[:36]}, columns=6, per_row=2, size=3
+)
 
 # %% [markdown]
 # ## What do the reconstructions cost?
@@ -113,7 +141,10 @@ figure = plots.image_panels({**panels, "real images": images.x_test[:36]}, colum
 # near 20 on MNIST. Against those of the small digits, near 1, it is large: there it costs much more.
 
 # %% mystnb={"figure": {"name": "fig-eae-reconstructions", "caption": "Held-out images and their reconstructions by the three models."}, "image": {"alt": "Four rows of twelve digits: held-out images on top, then reconstructions by the plain autoencoder, batch norm alone and the EAE, in most columns alike in all three."}}
-rows = [images.x_test[:12], *(metrics.in_batches(m, images.x_test[:12]) for m in models.values())]
+rows = [
+    images.x_test[:12],
+    *(metrics.in_batches(m, images.x_test[:12]) for m in models.values()),
+]
 figure, axes = plt.subplots(4, 1, figsize=(8, 3.2), layout="constrained")
 for ax, title, row in zip(axes, ["held-out image", *models], rows, strict=True):
     plots.draw_images(ax, row, columns=12, title=title)
@@ -127,15 +158,24 @@ for ax, title, row in zip(axes, ["held-out image", *models], rows, strict=True):
 
 # %%
 n = 2000 if SIZE == "short" else 10_000
-measured = {title: experiments.measure(m, images, seed=SEED, n=n) for title, m in models.items()}
+measured = {
+    title: experiments.measure(m, images, seed=SEED, n=n)
+    for title, m in models.items()
+}
 print(f"{'':<26}" + "".join(f"{title:>20}" for title in measured))
 for key in measured["EAE"]:
     print(f"{key:<26}" + "".join(f"{m[key]:>20.3f}" for m in measured.values()))
 
 # %% tags=["nbval-check-output"]
 frechet = {title: m["Fréchet, N(0, I)"] for title, m in measured.items()}
-print("batch norm alone is nearer to the data than plain:", frechet["batch norm alone"] < frechet["plain autoencoder"])
-print("it more than halves the distance:", frechet["batch norm alone"] < 0.5 * frechet["plain autoencoder"])
+print(
+    "batch norm alone is nearer to the data than plain:",
+    frechet["batch norm alone"] < frechet["plain autoencoder"],
+)
+print(
+    "it more than halves the distance:",
+    frechet["batch norm alone"] < 0.5 * frechet["plain autoencoder"],
+)
 # The EAE is nearer than batch norm alone on MNIST. On the digits they differ by no more than trainings of one model do.
 assert frechet["EAE"] < 1.2 * frechet["batch norm alone"]
 
@@ -151,26 +191,46 @@ assert frechet["EAE"] < 1.2 * frechet["batch norm alone"]
 def parts(z):
     z = z.double()
     mean, cov = z.mean(0), torch.cov(z.T)
-    moments = 0.5 * (mean.square().sum() + cov.trace() - len(mean) - torch.logdet(cov))
+    moments = 0.5 * (
+        mean.square().sum() + cov.trace() - len(mean) - torch.logdet(cov)
+    )
     shape = gaussian_entropy(cov) - knn_entropy(z, k=3)
     return float(moments), float(shape)
 
 
-held_out = images.x_test[:: max(1, len(images.x_test) // 5000)]  # every other one of MNIST: its halves differ
-split = {title: parts(metrics.in_batches(m.encode, held_out)) for title, m in models.items()}
+held_out = images.x_test[
+    :: max(1, len(images.x_test) // 5000)
+]  # every other one of MNIST: its halves differ
+split = {
+    title: parts(metrics.in_batches(m.encode, held_out))
+    for title, m in models.items()
+}
 for title, (moments, shape) in split.items():
     print(f"{title:<18} moments {moments:8.2f} nats, shape {shape:5.2f} nats")
 # For truly normal codes the estimates are 0 to within 0.07 (moments) and 0.2 (shape), at these numbers of images.
-assert split["EAE"][0] < split["batch norm alone"][0] < split["plain autoencoder"][0]
+assert (
+    split["EAE"][0] < split["batch norm alone"][0] < split["plain autoencoder"][0]
+)
 
 # %% tags=["nbval-check-output"]
-print("batch norm removes most of the moment part:", split["batch norm alone"][0] < 0.1 * split["plain autoencoder"][0])
-print("the entropy brings the codes nearer to N(0, I):", sum(split["EAE"]) < sum(split["batch norm alone"]))
+print(
+    "batch norm removes most of the moment part:",
+    split["batch norm alone"][0] < 0.1 * split["plain autoencoder"][0],
+)
+print(
+    "the entropy brings the codes nearer to N(0, I):",
+    sum(split["EAE"]) < sum(split["batch norm alone"]),
+)
 
 # %% mystnb={"figure": {"name": "fig-eae-parts", "caption": "Divergence of the codes from N(0, I) in nats, split into moments and shape. Logarithmic scale."}, "image": {"alt": "Bar chart on a logarithmic scale with two bars for each model. The moment part falls by orders of magnitude from the plain autoencoder to batch norm alone, and again to the EAE. The shape part is the same for the first two and smaller for the EAE."}}
 figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
 for shift, part, label in ((-0.2, 0, "moments"), (0.2, 1, "shape")):
-    bars = ax.bar([i + shift for i in range(3)], [values[part] for values in split.values()], 0.36, label=label)
+    bars = ax.bar(
+        [i + shift for i in range(3)],
+        [values[part] for values in split.values()],
+        0.36,
+        label=label,
+    )
     ax.bar_label(bars, fmt="%.2f", fontsize=9)
 ax.set(xticks=range(3), xticklabels=list(split), ylabel="nats", yscale="log")
 ax.margins(y=0.15)
@@ -186,11 +246,23 @@ legend = ax.legend()
 
 # %% mystnb={"figure": {"name": "fig-eae-gaussianity", "caption": "Held-out codes against N(0, I): one coordinate, and the squared length."}, "image": {"alt": "Left, histograms of one code coordinate for batch norm alone and the EAE, both close to the standard normal curve. Right, histograms of the squared length of the code: for the EAE it is more concentrated than the chi-squared curve."}}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-codes = {title: metrics.in_batches(models[title].encode, images.x_test) for title in ("batch norm alone", "EAE")}
+codes = {
+    title: metrics.in_batches(models[title].encode, images.x_test)
+    for title in ("batch norm alone", "EAE")
+}
 d = experiments.DIM
 for title, z in codes.items():
-    axes[0].hist(z[:, 0], bins=50, range=(-4, 4), density=True, alpha=0.5, label=title)
-    axes[1].hist(z.square().sum(1), bins=50, range=(0, 30), density=True, alpha=0.5, label=title)
+    axes[0].hist(
+        z[:, 0], bins=50, range=(-4, 4), density=True, alpha=0.5, label=title
+    )
+    axes[1].hist(
+        z.square().sum(1),
+        bins=50,
+        range=(0, 30),
+        density=True,
+        alpha=0.5,
+        label=title,
+    )
 t, r = torch.linspace(-4, 4, 200), torch.linspace(0, 30, 200)
 axes[0].plot(t, stats.norm.pdf(t), color="black", label="$N(0, 1)$")
 axes[1].plot(r, stats.chi2.pdf(r, d), color="black", label=rf"$\chi^2_{d}$")
@@ -214,7 +286,9 @@ walk = start.repeat(d, 11, 1)
 for j in range(d):
     walk[j, :, j] = torch.linspace(-2.5, 2.5, 11)
 figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-plots.draw_images(ax, metrics.in_batches(eae.decode, walk.reshape(-1, d)), columns=11)
+plots.draw_images(
+    ax, metrics.in_batches(eae.decode, walk.reshape(-1, d)), columns=11
+)
 
 # %% [markdown]
 # ## Training sees other codes than evaluation
@@ -225,16 +299,25 @@ plots.draw_images(ax, metrics.in_batches(eae.decode, walk.reshape(-1, d)), colum
 
 # %%
 # Shuffled first: neighbouring images of MNIST are by the same writers, so they are no independent sample.
-order = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(SEED))[:12_800]
+order = torch.randperm(
+    len(images.x_train), generator=torch.Generator().manual_seed(SEED)
+)[:12_800]
 before = metrics.in_batches(eae.encoder, images.x_train[order])
-before = (before - before.mean(0)) / before.std(0, correction=0)  # what ideal statistics would give
+before = (before - before.mean(0)) / before.std(
+    0, correction=0
+)  # what ideal statistics would give
 batches = before[: len(before) // 64 * 64].reshape(-1, 64, d)
-mean, std = batches.mean(1, keepdim=True), batches.std(1, keepdim=True, correction=0)
+mean, std = (
+    batches.mean(1, keepdim=True),
+    batches.std(1, keepdim=True, correction=0),
+)
 difference = ((batches - mean) / std - batches).square().mean()
 kurtosis = before.pow(4).mean()
 predicted = (1 + (kurtosis - 1) / 4) / batches.shape[1]
 print(f"mean squared difference {difference:.4f}, predicted {predicted:.4f}")
-assert 0.7 < difference / predicted < 1.4  # 21 batches of eight coordinates or more: a standard error below 10 %
+assert (
+    0.7 < difference / predicted < 1.4
+)  # 21 batches of eight coordinates or more: a standard error below 10 %
 
 # %% [markdown]
 # ## What you have seen

@@ -29,9 +29,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import math
@@ -43,7 +56,11 @@ from scipy.sparse import csc_matrix, diags
 from scipy.sparse.linalg import spsolve
 
 from gae_core import data, nets
-from gae_core.energy import gradient_penalty_r1, gradient_penalty_wgan, log_normalizer_2d
+from gae_core.energy import (
+    gradient_penalty_r1,
+    gradient_penalty_wgan,
+    log_normalizer_2d,
+)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
@@ -60,7 +77,9 @@ print(f"size: {SIZE}, device: {device}")
 for points in (8, 16, 32, 64):
     grid = log_normalizer_2d(lambda x: x.square().sum(1) / 2, -8, 8, points)
     error = abs(float(grid.log_z) - math.log(2 * math.pi))
-    print(f"{points:>3} cells a side, {16 / points:.2f} wide: ten digits right: {error < 1e-10}")
+    print(
+        f"{points:>3} cells a side, {16 / points:.2f} wide: ten digits right: {error < 1e-10}"
+    )
 
 # %% [markdown]
 # Cells half as wide as the standard deviation are enough. The midpoint rule is that good for whatever is smooth and
@@ -83,7 +102,11 @@ def energy(x):
 
 def gradient(value):
     return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, net.parameters(), allow_unused=True) if g is not None]
+        [
+            g.flatten()
+            for g in torch.autograd.grad(value, net.parameters(), allow_unused=True)
+            if g is not None
+        ]
     )
 
 
@@ -92,9 +115,17 @@ likelihood = gradient(energy(x).mean() + grid.log_z)
 mass = grid.log_density.exp() * grid.area
 detached = gradient(energy(x).mean() - mass.detach() @ energy(grid.x))
 grid = log_normalizer_2d(energy, -12, 12, 96)
-through = gradient(energy(x).mean() - (grid.log_density.exp() * grid.area) @ energy(grid.x))
-print("two phases, samples detached, give the likelihood's gradient:", torch.allclose(likelihood, detached))
-print("the difference of mean energies has it too:", torch.allclose(likelihood, through))
+through = gradient(
+    energy(x).mean() - (grid.log_density.exp() * grid.area) @ energy(grid.x)
+)
+print(
+    "two phases, samples detached, give the likelihood's gradient:",
+    torch.allclose(likelihood, detached),
+)
+print(
+    "the difference of mean energies has it too:",
+    torch.allclose(likelihood, through),
+)
 
 # %% [markdown]
 # The difference of mean energies has another gradient, because the model's distribution moves along. What does its descent do?
@@ -117,11 +148,19 @@ def descend(stop, start=0.3, steps=60, rate=0.4):
 paths = {"samples detached": descend(True), "through the samples": descend(False)}
 s = torch.logspace(-0.7, 1.5, 200)
 figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-ax.plot(s, 1 / (2 * s) + 0.5 * (2 * math.pi * s).log(), color="tab:blue", label="negative log-likelihood $L$")
-ax.plot(s, 1 / (2 * s) - 0.5, color="tab:orange", label="difference of mean energies")
+ax.plot(
+    s,
+    1 / (2 * s) + 0.5 * (2 * math.pi * s).log(),
+    color="tab:blue",
+    label="negative log-likelihood $L$",
+)
+ax.plot(
+    s, 1 / (2 * s) - 0.5, color="tab:orange", label="difference of mean energies"
+)
 ax.plot(
     paths["samples detached"][::3],
-    1 / (2 * paths["samples detached"][::3]) + 0.5 * (2 * math.pi * paths["samples detached"][::3]).log(),
+    1 / (2 * paths["samples detached"][::3])
+    + 0.5 * (2 * math.pi * paths["samples detached"][::3]).log(),
     "o",
     ms=4,
     color="tab:blue",
@@ -139,8 +178,14 @@ ax.set(xscale="log", xlabel="variance $s$ of the model (data: 1)", ylabel="nats"
 legend = ax.legend(fontsize=8)
 
 # %% tags=["nbval-check-output"]
-print("samples detached, the variance ends at 1:", abs(float(paths["samples detached"][-1]) - 1) < 1e-3)
-print("through them it has passed 5 and still grows:", float(paths["through the samples"][-1]) > 5)
+print(
+    "samples detached, the variance ends at 1:",
+    abs(float(paths["samples detached"][-1]) - 1) < 1e-3,
+)
+print(
+    "through them it has passed 5 and still grows:",
+    float(paths["through the samples"][-1]) > 5,
+)
 
 # %% [markdown]
 # ## Step 3: two gradient penalties
@@ -149,7 +194,9 @@ print("through them it has passed 5 and still grows:", float(paths["through the 
 # for images is the norm over channels?
 
 # %% tags=["nbval-check-output"]
-images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+images = torch.rand(
+    4, 3, 8, 8, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64
+)
 w = torch.ones(3, 8, 8, dtype=torch.float64) / 4
 
 
@@ -158,10 +205,16 @@ def linear(x):
 
 
 print(f"squared length: {float(w.square().sum()):.2f}")
-print(f"R1, per sample: {[round(float(v), 2) for v in gradient_penalty_r1(linear, images)]}")
-print(f"WGAN-GP, per sample: {[round(float(v), 2) for v in gradient_penalty_wgan(linear, images, images.flip(0))]}")
+print(
+    f"R1, per sample: {[round(float(v), 2) for v in gradient_penalty_r1(linear, images)]}"
+)
+print(
+    f"WGAN-GP, per sample: {[round(float(v), 2) for v in gradient_penalty_wgan(linear, images, images.flip(0))]}"
+)
 per_pixel = w.expand(4, -1, -1, -1).norm(dim=1)
-print(f"norm over channels, squared, mean over pixels: {float(per_pixel.square().mean()):.4f}, 1/64 of R1")
+print(
+    f"norm over channels, squared, mean over pixels: {float(per_pixel.square().mean()):.4f}, 1/64 of R1"
+)
 
 # %% [markdown]
 # ## Step 4: the penalty is a blur
@@ -175,24 +228,39 @@ print(f"norm over channels, squared, mean over pixels: {float(per_pixel.square()
 def penalised_optimum(p, width, lam):
     """Minimiser U of sum p U + log sum e^-U + lam sum p |grad U|², for masses p on a grid of 1 or 2 dimensions."""
     shape, n = p.shape, p.numel()
-    p = (p + 1e-12) / (p + 1e-12).sum()  # a floor far below what is drawn, so that no cell is without data
+    p = (p + 1e-12) / (
+        p + 1e-12
+    ).sum()  # a floor far below what is drawn, so that no cell is without data
     index = torch.arange(n).reshape(shape)
-    pairs = [(index.narrow(k, 0, m - 1), index.narrow(k, 1, m - 1)) for k, m in enumerate(shape)]
+    pairs = [
+        (index.narrow(k, 0, m - 1), index.narrow(k, 1, m - 1))
+        for k, m in enumerate(shape)
+    ]
     a, b = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
     p = p.flatten()
     spring = 2 * lam * (p[a] * p[b]).sqrt() / width**2
     rows, columns = torch.cat([a, b, a, b]), torch.cat([a, b, b, a])
     entries = torch.cat([spring, spring, -spring, -spring])
-    stiffness = csc_matrix((entries.numpy(), (rows.numpy(), columns.numpy())), shape=(n, n))
+    stiffness = csc_matrix(
+        (entries.numpy(), (rows.numpy(), columns.numpy())), shape=(n, n)
+    )
 
     def value(u):
-        return float(p @ u + (-u).logsumexp(0) + 0.5 * u @ torch.from_numpy(stiffness @ u.numpy()))
+        return float(
+            p @ u
+            + (-u).logsumexp(0)
+            + 0.5 * u @ torch.from_numpy(stiffness @ u.numpy())
+        )
 
     u = -p.log() / (1 + 8 * lam**0.5)
     for _ in range(300):
         q = (-u).softmax(0)
         slope = p - q + torch.from_numpy(stiffness @ u.numpy())
-        step = torch.from_numpy(spsolve(diags((q + 1e-15).numpy(), format="csc") + stiffness, -slope.numpy()))
+        step = torch.from_numpy(
+            spsolve(
+                diags((q + 1e-15).numpy(), format="csc") + stiffness, -slope.numpy()
+            )
+        )
         decrease = float(slope @ step)
         if decrease > -1e-9:
             return u.reshape(shape)
@@ -206,7 +274,9 @@ def penalised_optimum(p, width, lam):
 
 def bumps(x, blur=0.0):
     def normal(x, mean, variance):
-        return (-((x - mean) ** 2) / (2 * variance)).exp() / math.sqrt(2 * math.pi * variance)
+        return (-((x - mean) ** 2) / (2 * variance)).exp() / math.sqrt(
+            2 * math.pi * variance
+        )
 
     return 0.5 * normal(x, -1.2, 0.04 + blur) + 0.5 * normal(x, 1, 0.25 + blur)
 
@@ -221,7 +291,9 @@ for lam in lams:
     best = (-penalised_optimum(p * width, width, lam)).softmax(0) / width
     for name, q in zip(kl, (best, bumps(line, 4 * lam)), strict=True):
         kl[name].append(float((p * (p / q).log() * width)[p > 1e-12].sum()))
-    print(f"lambda {lam:.4f}: KL(p | optimum) {kl['optimum with R1'][-1]:.5f}, KL(p | blurred) {kl[name][-1]:.5f} nats")
+    print(
+        f"lambda {lam:.4f}: KL(p | optimum) {kl['optimum with R1'][-1]:.5f}, KL(p | blurred) {kl[name][-1]:.5f} nats"
+    )
 assert 0.8 < kl["optimum with R1"][0] / kl[name][0] < 1.2  # the same to first order
 
 # %% mystnb={"figure": {"name": "fig-energy-heat", "caption": "Optimum over all energies with the R1 penalty, and the data blurred by the variance 4 lambda. Left, densities; right, divergence from the data."}, "image": {"alt": "Left, a density with a narrow and a wide bump; the optimum under the penalty and the blurred density nearly coincide and are lower and wider than the data at the narrow bump. Right, divergence from the data over lambda on logarithmic axes; both curves rise together, then the optimum's more slowly."}}
@@ -230,11 +302,15 @@ lam = 0.005
 best = (-penalised_optimum(p * width, width, lam)).softmax(0) / width
 axes[0].plot(line, p, color="black", label="data")
 axes[0].plot(line, best, label=rf"optimum, $\lambda = {lam}$")
-axes[0].plot(line, bumps(line, 4 * lam), "--", label=rf"blurred by $4\lambda = {4 * lam}$")
+axes[0].plot(
+    line, bumps(line, 4 * lam), "--", label=rf"blurred by $4\lambda = {4 * lam}$"
+)
 axes[0].set(xlim=(-3, 3.5), xlabel="$x$", yticks=[])
 for name, values in kl.items():
     axes[1].plot(lams, values, "o-", ms=4, label=name)
-axes[1].set(xscale="log", yscale="log", xlabel=r"$\lambda$", ylabel="nats from the data")
+axes[1].set(
+    xscale="log", yscale="log", xlabel=r"$\lambda$", ylabel="nats from the data"
+)
 for ax in axes:
     ax.legend(fontsize=8)
 
@@ -249,7 +325,8 @@ class Energy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.net = torch.nn.Sequential(
-            nets.FourierFeatures(2, 32, 1.5), nets.mlp([66, 64, 64, 1], activation=torch.nn.SiLU)
+            nets.FourierFeatures(2, 32, 1.5),
+            nets.mlp([66, 64, 64, 1], activation=torch.nn.SiLU),
         )
 
     def forward(self, x):
@@ -277,38 +354,62 @@ def truth(x):
 
 
 weights = (0.003, 0.03, 0.3)
-networks = {lam: train(lam, 150 if SIZE == "short" else 3000) for lam in (0, *weights)}
+networks = {
+    lam: train(lam, 150 if SIZE == "short" else 3000) for lam in (0, *weights)
+}
 grids, trained = 120, {}
 with torch.no_grad():
     for lam, model in networks.items():
-        trained[lam] = log_normalizer_2d(lambda x, m=model: m(x.float()).double(), -3, 3, grids)
+        trained[lam] = log_normalizer_2d(
+            lambda x, m=model: m(x.float()).double(), -3, 3, grids
+        )
 
-exact = torch.cartesian_prod(*[-3 + 6 / grids * (torch.arange(grids, dtype=torch.float64) + 0.5)] * 2)
+exact = torch.cartesian_prod(
+    *[-3 + 6 / grids * (torch.arange(grids, dtype=torch.float64) + 0.5)] * 2
+)
 optima = {}
 for lam in weights:
-    u = penalised_optimum(truth(exact).exp().reshape(grids, grids) * (6 / grids) ** 2, 6 / grids, lam).flatten()
+    u = penalised_optimum(
+        truth(exact).exp().reshape(grids, grids) * (6 / grids) ** 2, 6 / grids, lam
+    ).flatten()
     optima[lam] = log_normalizer_2d(lambda x, u=u: u, -3, 3, grids)
 kl_trained = {lam: float(grid.kl_from(truth)) for lam, grid in trained.items()}
 kl_optimum = {lam: float(grid.kl_from(truth)) for lam, grid in optima.items()}
 for lam in kl_trained:
-    print(f"lambda {lam}: KL(truth | network) {kl_trained[lam]:.3f}, of the optimum {kl_optimum.get(lam, 0):.3f} nats")
+    print(
+        f"lambda {lam}: KL(truth | network) {kl_trained[lam]:.3f}, of the optimum {kl_optimum.get(lam, 0):.3f} nats"
+    )
 
 # %% mystnb={"figure": {"name": "fig-energy-landscapes", "caption": "Eight Gaussians: the truth and the optima under three penalties; below, networks trained by exact likelihood. Titles: KL from the truth in nats."}, "image": {"alt": "Two rows of densities on a ring of eight Gaussians. Top, the truth and the optima under penalties of 0.003, 0.03 and 0.3, whose spots grow into flat discs. Bottom, small networks trained with weights 0, 0.003, 0.03 and 0.3."}}
 figure, axes = plt.subplots(2, 4, figsize=(9, 4.9), layout="constrained")
 panels = [(truth(exact), "truth")] + [
-    (optima[m].log_density, f"optimum, $\\lambda$ = {m}\n{kl_optimum[m]:.2f} nats") for m in weights
+    (optima[m].log_density, f"optimum, $\\lambda$ = {m}\n{kl_optimum[m]:.2f} nats")
+    for m in weights
 ]
-panels += [(trained[m].log_density, f"network, $\\lambda$ = {m}\n{kl_trained[m]:.2f} nats") for m in trained]
+panels += [
+    (trained[m].log_density, f"network, $\\lambda$ = {m}\n{kl_trained[m]:.2f} nats")
+    for m in trained
+]
 for ax, (log_density, title) in zip(axes.flat, panels, strict=True):
-    ax.imshow(log_density.exp().sqrt().reshape(grids, grids).T, origin="lower", extent=(-3, 3, -3, 3), cmap="magma")
+    ax.imshow(
+        log_density.exp().sqrt().reshape(grids, grids).T,
+        origin="lower",
+        extent=(-3, 3, -3, 3),
+        cmap="magma",
+    )
     ax.set_title(title, fontsize=9)
     ax.axis("off")
 
 # %% tags=["nbval-check-output"]
 values = [kl_optimum[lam] for lam in weights]
-print("a larger weight, an optimum further from the truth:", values == sorted(values))
+print(
+    "a larger weight, an optimum further from the truth:", values == sorted(values)
+)
 print("so do the networks:", kl_trained[0.003] < kl_trained[0.03] < kl_trained[0.3])
-print("the square cuts nothing off:", max(grid.edge for grid in optima.values()) < 1e-2)
+print(
+    "the square cuts nothing off:",
+    max(grid.edge for grid in optima.values()) < 1e-2,
+)
 
 # %% [markdown]
 # Colours show the square root of the density, so that the faint parts are seen too.
@@ -324,7 +425,11 @@ def dirac(zero=0.0, one=0.0, steps=2000, h=0.02):
     psi, theta, path = 0.5, 0.3, []
     for _ in range(steps):
         path.append((psi, theta))
-        push = theta - 2 * zero * psi - 2 * one * (abs(psi) - 1) * math.copysign(1, psi)
+        push = (
+            theta
+            - 2 * zero * psi
+            - 2 * one * (abs(psi) - 1) * math.copysign(1, psi)
+        )
         psi, theta = psi + h * push, theta - h * psi
     return torch.tensor(path)
 
@@ -333,16 +438,31 @@ def gaussian(entropy, lam, steps=15_000, h=0.002):
     t, a, path = 0.3, 1.3, []
     for _ in range(steps):
         path.append(t)
-        t, a = t + h * ((a * a - 1) / 2 - 2 * lam * t), a + h * (entropy / a - t * a)
+        t, a = (
+            t + h * ((a * a - 1) / 2 - 2 * lam * t),
+            a + h * (entropy / a - t * a),
+        )
     return torch.tensor(path)
 
 
-circles = {"no penalty": dirac(), "R1, 0.2": dirac(zero=0.2), "one-centred, 0.2": dirac(one=0.2)}
-games = {"GAN": gaussian(0, 0), "GAN with R1, 0.2": gaussian(0, 0.2), "with the entropy": gaussian(1, 0)}
+circles = {
+    "no penalty": dirac(),
+    "R1, 0.2": dirac(zero=0.2),
+    "one-centred, 0.2": dirac(one=0.2),
+}
+games = {
+    "GAN": gaussian(0, 0),
+    "GAN with R1, 0.2": gaussian(0, 0.2),
+    "with the entropy": gaussian(1, 0),
+}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for name, path in circles.items():
     axes[0].plot(path[:, 0], path[:, 1], lw=1, label=name)
-axes[0].set(xlabel=r"$\psi$, slope of the energy", ylabel=r"$\vartheta$, place of the samples", aspect="equal")
+axes[0].set(
+    xlabel=r"$\psi$, slope of the energy",
+    ylabel=r"$\vartheta$, place of the samples",
+    aspect="equal",
+)
 for name, path in games.items():
     axes[1].plot(0.002 * torch.arange(len(path)), path, lw=1.2, label=name)
 axes[1].axhline(1, color="black", lw=0.8, ls=":")
@@ -355,8 +475,14 @@ ends = {name: float(path[-1].norm()) for name, path in circles.items()}
 print("no penalty spirals out:", ends["no penalty"] > 0.59)
 print("R1 comes to rest:", ends["R1, 0.2"] < 0.02)
 print("one-centred stays away:", ends["one-centred, 0.2"] > 0.5)
-print("GAN with R1 ends with a flat energy:", abs(float(games["GAN with R1, 0.2"][-1])) < 0.02)
-print("with the entropy the precision is that of the data:", abs(float(games["with the entropy"][-1]) - 1) < 1e-3)
+print(
+    "GAN with R1 ends with a flat energy:",
+    abs(float(games["GAN with R1, 0.2"][-1])) < 0.02,
+)
+print(
+    "with the entropy the precision is that of the data:",
+    abs(float(games["with the entropy"][-1]) - 1) < 1e-3,
+)
 
 # %% [markdown]
 # ## What you have seen

@@ -30,9 +30,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import dataclasses
@@ -67,7 +80,9 @@ def seeded(seed):
 # Predict their order.
 
 # %% tags=["nbval-check-output"]
-joint = 3 * torch.randn(1000, 6, generator=seeded(0), dtype=torch.float64)  # log q(z) q(x | z), up to a constant
+joint = 3 * torch.randn(
+    1000, 6, generator=seeded(0), dtype=torch.float64
+)  # log q(z) q(x | z), up to a constant
 point = joint.max(1).values
 top = joint.sort(1, descending=True).values[:, :3]
 r = top.softmax(1)  # the best distribution on three codes
@@ -75,7 +90,10 @@ cloud = (r * top).sum(1) - (r * r.log()).sum(1)
 likelihood = joint.logsumexp(1)
 print("point <= cloud:", bool((point <= cloud).all()))
 print("cloud <= log-likelihood:", bool((cloud <= likelihood).all()))
-print("log-likelihood <= point + log 6:", bool((likelihood <= point + math.log(6)).all()))
+print(
+    "log-likelihood <= point + log 6:",
+    bool((likelihood <= point + math.log(6)).all()),
+)
 
 # %% [markdown]
 # With continuous codes a point has the entropy $-\infty$. We narrow a Gaussian around the best code of a linear model, and
@@ -86,9 +104,13 @@ curvature, value = 9.0, -2.0  # l(z) = -2 - 9 z^2 / 2
 for s in (1.0, 1 / 3, 0.1, 0.01):
     entropy = 0.5 * math.log(2 * math.pi * math.e * s**2)
     mean = value - curvature * s**2 / 2
-    print(f"s = {s:4.2f}: bound {mean + entropy:6.3f}, without its entropy {mean:6.3f}")
+    print(
+        f"s = {s:4.2f}: bound {mean + entropy:6.3f}, without its entropy {mean:6.3f}"
+    )
     assert mean + entropy <= value + 0.5 * math.log(2 * math.pi / curvature) + 1e-12
-print(f"log-likelihood {value + 0.5 * math.log(2 * math.pi / curvature):.3f}, at the point {value:.3f}")
+print(
+    f"log-likelihood {value + 0.5 * math.log(2 * math.pi / curvature):.3f}, at the point {value:.3f}"
+)
 
 # %% [markdown]
 # The bound is best, and tight, at $s = 1/3$, the width of the posterior. The point alone is no bound: with this curvature it
@@ -100,12 +122,18 @@ print(f"log-likelihood {value + 0.5 * math.log(2 * math.pi / curvature):.3f}, at
 # And t-SNE: is its gradient what automatic differentiation says?
 
 # %% tags=["nbval-check-output"]
-W, x, z = (torch.rand(shape, generator=seeded(i), dtype=torch.float64) for i, shape in enumerate([(7, 4), (7,), (4,)]))
+W, x, z = (
+    torch.rand(shape, generator=seeded(i), dtype=torch.float64)
+    for i, shape in enumerate([(7, 4), (7,), (4,)])
+)
 errors = []
 for _ in range(300):
     errors.append(float((x - W @ z).square().sum()))
     z = z * (W.T @ x) / (W.T @ W @ z)
-print("NMF's error never rises:", all(b <= a + 1e-14 for a, b in itertools.pairwise(errors)))
+print(
+    "NMF's error never rises:",
+    all(b <= a + 1e-14 for a, b in itertools.pairwise(errors)),
+)
 
 
 def weights(x, near):
@@ -114,9 +142,13 @@ def weights(x, near):
     return w / w.sum()
 
 
-x, near = (torch.randn(n, 6, generator=seeded(n), dtype=torch.float64) for n in (1, 4))
+x, near = (
+    torch.randn(n, 6, generator=seeded(n), dtype=torch.float64) for n in (1, 4)
+)
 Q = torch.linalg.qr(torch.randn(6, 6, generator=seeded(9), dtype=torch.float64)).Q
-shear = torch.eye(6, dtype=torch.float64) + torch.ones(6, 6, dtype=torch.float64).triu(1)
+shear = torch.eye(6, dtype=torch.float64) + torch.ones(
+    6, 6, dtype=torch.float64
+).triu(1)
 moves = {
     "a turn": lambda v: v @ Q,
     "a scale": lambda v: 7 * v,
@@ -124,7 +156,10 @@ moves = {
     "a shear": lambda v: v @ shear,
 }
 for name, move in moves.items():
-    print(f"LLE's weights notice {name}:", not torch.allclose(weights(move(x), move(near)), weights(x, near)))
+    print(
+        f"LLE's weights notice {name}:",
+        not torch.allclose(weights(move(x), move(near)), weights(x, near)),
+    )
 
 y = torch.randn(9, 2, generator=seeded(0), dtype=torch.float64, requires_grad=True)
 off = 1 - torch.eye(9, dtype=torch.float64)
@@ -144,20 +179,48 @@ print("t-SNE's gradient is the formula's:", torch.allclose(y.grad, formula))
 # The picture is drawn from the table in `gae_core.studies.family`.
 
 # %% mystnb={"figure": {"name": "fig-family-map", "caption": "How a code is found, against what is assumed of its distribution; the colour says what is maximised."}, "image": {"alt": "A grid with five rows, how a code is found, and four columns, what is assumed of its distribution, with the names of the models in coloured boxes."}}
-colours = dict(zip(family.GOALS, ("#9ecae1", "#a1d99b", "#fdd0a2", "#dadaeb", "#fcaeae"), strict=True))
-line, gap = 0.23, 0.09  # height of a line of text and of the space between two boxes, in rows
+colours = dict(
+    zip(
+        family.GOALS,
+        ("#9ecae1", "#a1d99b", "#fdd0a2", "#dadaeb", "#fcaeae"),
+        strict=True,
+    )
+)
+line, gap = (
+    0.23,
+    0.09,
+)  # height of a line of text and of the space between two boxes, in rows
 figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
 for row, found in enumerate(family.FOUND):
     for column, known in enumerate(family.KNOWN):
-        here = [place for place in family.MAP if (place.found, place.known) == (found, known)]
+        here = [
+            place
+            for place in family.MAP
+            if (place.found, place.known) == (found, known)
+        ]
         names = [
-            textwrap.fill(place.model.replace("autoencoder", "autoenc."), 13, break_on_hyphens=False) for place in here
+            textwrap.fill(
+                place.model.replace("autoencoder", "autoenc."),
+                13,
+                break_on_hyphens=False,
+            )
+            for place in here
         ]
         heights = [line * (name.count("\n") + 1) for name in names]
         at = row - (sum(heights) + gap * (len(names) - 1)) / 2
         for place, name, height in zip(here, names, heights, strict=True):
-            box = {"boxstyle": "round,pad=0.1", "facecolor": colours[place.goal], "edgecolor": "none"}
-            text = {"ha": "center", "va": "center", "fontsize": 12, "linespacing": 0.95, "color": "black"}
+            box = {
+                "boxstyle": "round,pad=0.1",
+                "facecolor": colours[place.goal],
+                "edgecolor": "none",
+            }
+            text = {
+                "ha": "center",
+                "va": "center",
+                "fontsize": 12,
+                "linespacing": 0.95,
+                "color": "black",
+            }
             ax.text(column, at + height / 2, name, bbox=box, **text)
             at += height + gap
 for goal, colour in colours.items():
@@ -166,17 +229,28 @@ ax.set(xlim=(-0.5, 3.5), ylim=(4.5, -0.5))
 ax.set_xlabel("assumed of the codes", fontsize=12)
 ax.set_ylabel("a code is found by", fontsize=12)
 ax.set_xticks(range(4), family.KNOWN, fontsize=12)
-ax.set_yticks(range(5), [found.replace(" ", "\n") for found in family.FOUND], fontsize=12)
+ax.set_yticks(
+    range(5), [found.replace(" ", "\n") for found in family.FOUND], fontsize=12
+)
 ax.set_xticks([0.5, 1.5, 2.5], minor=True)
 ax.set_yticks([0.5, 1.5, 2.5, 3.5], minor=True)
 ax.grid(which="minor", color="0.8")
 ax.tick_params(which="both", length=0)
-legend = figure.legend(loc="outside upper center", ncols=3, fontsize=12, frameon=False, handletextpad=0.2)
+legend = figure.legend(
+    loc="outside upper center",
+    ncols=3,
+    fontsize=12,
+    frameon=False,
+    handletextpad=0.2,
+)
 
 # %% tags=["nbval-check-output"]
 direct = [place.model for place in family.MAP if place.known == "in the model"]
 print("can be sampled at once:", "; ".join(direct))
-print("no decoder:", "; ".join(place.model for place in family.MAP if place.known == "no decoder"))
+print(
+    "no decoder:",
+    "; ".join(place.model for place in family.MAP if place.known == "no decoder"),
+)
 
 # %% [markdown]
 # ## Step 4: one table
@@ -189,53 +263,117 @@ images = family.images_of("digits", "medium")
 size = family.size_of("digits", "medium")
 if SIZE == "short":
     size = dataclasses.replace(size, epochs=40, density=40, draws=50)
-names = ["pca", "ppca", "k_means", "mixture", "nmf", "local_pca", "autoencoder", "gae", "eae", "vae", "gan"]
-columns = ("squared error a pixel", "Fréchet, own", "Fréchet, fitted", "log-density, nats", "trustworthiness")
+names = [
+    "pca",
+    "ppca",
+    "k_means",
+    "mixture",
+    "nmf",
+    "local_pca",
+    "autoencoder",
+    "gae",
+    "eae",
+    "vae",
+    "gan",
+]
+columns = (
+    "squared error a pixel",
+    "Fréchet, own",
+    "Fréchet, fitted",
+    "log-density, nats",
+    "trustworthiness",
+)
 table, shown = {}, {}
 start = time.perf_counter()
 for name in ["training_images", *names]:
     member = family.fit(name, images.x_train.flatten(1), images.y_train, size, 0)
     table[name], shown[name] = family.measure(member, images, size, 0)
 print(f"{time.perf_counter() - start:.0f} s")
-print(f"{'':<16}" + "".join(f"{column.split(', nats')[0]:>23}" for column in columns))
+print(
+    f"{'':<16}" + "".join(f"{column.split(', nats')[0]:>23}" for column in columns)
+)
 for name, row in table.items():
-    print(f"{name:<16}" + "".join(f"{row[c]:>23.4f}" if c in row else f"{'-':>23}" for c in columns))
+    print(
+        f"{name:<16}"
+        + "".join(f"{row[c]:>23.4f}" if c in row else f"{'-':>23}" for c in columns)
+    )
 
 # %% tags=["nbval-check-output"]
 trained = {name: table[name] for name in names}
 best = {
     "error": min(trained, key=lambda name: trained[name].get(columns[0], math.inf)),
-    "samples": min(trained, key=lambda name: min(trained[name].get(c, math.inf) for c in columns[1:3])),
-    "density": max(trained, key=lambda name: trained[name].get(columns[3], -math.inf)),
+    "samples": min(
+        trained,
+        key=lambda name: min(trained[name].get(c, math.inf) for c in columns[1:3]),
+    ),
+    "density": max(
+        trained, key=lambda name: trained[name].get(columns[3], -math.inf)
+    ),
     "neighbours": max(trained, key=lambda name: trained[name].get(columns[4], 0)),
 }
 yardstick = table["training_images"]["Fréchet, own"]
 print("one model wins all four:", len(set(best.values())) == 1)
 print(
     "samples as good as training images:",
-    any(min(r.get(c, math.inf) for c in columns[1:3]) <= yardstick for r in trained.values()),
+    any(
+        min(r.get(c, math.inf) for c in columns[1:3]) <= yardstick
+        for r in trained.values()
+    ),
 )
 print(
     "noise and a prior cost PCA less than 5 % of its error:",
     1 <= table["ppca"][columns[0]] / table["pca"][columns[0]] < 1.05,
 )
-print("components raise the density:", table["mixture"][columns[3]] > table["ppca"][columns[3]])
+print(
+    "components raise the density:",
+    table["mixture"][columns[3]] > table["ppca"][columns[3]],
+)
 
 # %%
 print(best)
-assert SIZE != "short" or (best["error"], best["density"]) == ("local_pca", "mixture")  # longer training may turn it
+assert SIZE != "short" or (best["error"], best["density"]) == (
+    "local_pca",
+    "mixture",
+)  # longer training may turn it
 pixels = images.x_test[0].numel()
 shift = pixels * math.log(16)  # the digits' grey levels are 0 to 16
-print(f"with pixels from 0 to 16 every log-density above would be {shift:.0f} nats lower")
-assert shift > max(r[columns[3]] for r in trained.values()) - min(r[columns[3]] for r in trained.values())
+print(
+    f"with pixels from 0 to 16 every log-density above would be {shift:.0f} nats lower"
+)
+assert shift > max(r[columns[3]] for r in trained.values()) - min(
+    r[columns[3]] for r in trained.values()
+)
 
 # %% mystnb={"figure": {"name": "fig-family-images", "caption": "Left: held-out digits and their reconstructions. Right: samples, of the model's own distribution where it has one, else from a density fitted to the codes."}, "image": {"alt": "Two columns of rows of digits. Left, test images and reconstructions by six models; right, training images and samples of the same models."}}
-chosen = {"pca": "PCA", "local_pca": "local PCA", "gae": "GAE", "eae": "EAE", "vae": "VAE", "gan": "GAN"}
-figure, axes = plt.subplots(len(chosen) + 1, 2, figsize=(6, 5), layout="constrained")
-rows = [("test images", shown["pca"]["test images"], "training images", shown["training_images"]["samples"])]
+chosen = {
+    "pca": "PCA",
+    "local_pca": "local PCA",
+    "gae": "GAE",
+    "eae": "EAE",
+    "vae": "VAE",
+    "gan": "GAN",
+}
+figure, axes = plt.subplots(
+    len(chosen) + 1, 2, figsize=(6, 5), layout="constrained"
+)
+rows = [
+    (
+        "test images",
+        shown["pca"]["test images"],
+        "training images",
+        shown["training_images"]["samples"],
+    )
+]
 for name, title in chosen.items():
     kind = "samples" if "samples" in shown[name] else "samples, fitted"
-    rows.append((title, shown[name]["reconstructions"], f"{title}: {kind}", shown[name][kind]))
+    rows.append(
+        (
+            title,
+            shown[name]["reconstructions"],
+            f"{title}: {kind}",
+            shown[name][kind],
+        )
+    )
 for (left, right), (title, back, other, drawn) in zip(axes, rows, strict=True):
     plots.draw_images(left, back[:10], columns=10, title=title)
     plots.draw_images(right, drawn[:10], columns=10, title=other)
@@ -252,15 +390,27 @@ y = torch.cat([images.y_train, images.y_test])
 start = time.perf_counter()
 embeddings = {
     "PCA": PCA(2).fit_transform(x.numpy()),
-    "LLE": LocallyLinearEmbedding(n_neighbors=30, n_components=2, eigen_solver="dense").fit_transform(x.numpy()),
-    "t-SNE": TSNE(2, init="pca", max_iter=500, random_state=0).fit_transform(x.numpy()),
+    "LLE": LocallyLinearEmbedding(
+        n_neighbors=30, n_components=2, eigen_solver="dense"
+    ).fit_transform(x.numpy()),
+    "t-SNE": TSNE(2, init="pca", max_iter=500, random_state=0).fit_transform(
+        x.numpy()
+    ),
     "chance": torch.rand(len(x), 2, generator=seeded(0)).numpy(),
 }
-trust = {name: metrics.trustworthiness(x, torch.from_numpy(z), 12) for name, z in embeddings.items()}
-print({name: round(value, 4) for name, value in trust.items()}, f"{time.perf_counter() - start:.0f} s")
+trust = {
+    name: metrics.trustworthiness(x, torch.from_numpy(z), 12)
+    for name, z in embeddings.items()
+}
+print(
+    {name: round(value, 4) for name, value in trust.items()},
+    f"{time.perf_counter() - start:.0f} s",
+)
 n, k = len(x), 12
 expected = 1 - (n - k) * (n - k - 1) / ((n - 1) * (2 * n - 3 * k - 1))
-assert abs(trust["chance"] - expected) < 0.02  # its standard deviation here is 0.002
+assert (
+    abs(trust["chance"] - expected) < 0.02
+)  # its standard deviation here is 0.002
 
 # %% tags=["nbval-check-output"]
 print("from the most trustworthy:", sorted(trust, key=trust.get, reverse=True))

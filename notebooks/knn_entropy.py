@@ -31,9 +31,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import math
@@ -53,8 +66,12 @@ from gae_core.entropy import knn_entropy, knn_entropy_bound, log_unit_ball_volum
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
-torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
-MORE = 5 if SIZE == "full" else 1  # how many times more repetitions a full run makes
+torch.set_num_threads(
+    1
+)  # the tensors are small: a second thread costs more than it brings
+MORE = (
+    5 if SIZE == "full" else 1
+)  # how many times more repetitions a full run makes
 LOG_NORMAL = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1)
 print(f"{SIZE} size on {device}")
 
@@ -89,16 +106,25 @@ generator = np.random.default_rng(0)
 
 x = generator.standard_normal((clouds, n, 2))  # normal points, Euclidean balls
 distance = np.sort(np.linalg.norm(x[:, 1:] - x[:, :1], axis=2), axis=1)[:, k - 1]
-mass_normal = stats.ncx2.cdf(distance**2, 2, (x[:, 0] ** 2).sum(1))  # |y - x|^2 is noncentral chi-square
+mass_normal = stats.ncx2.cdf(
+    distance**2, 2, (x[:, 0] ** 2).sum(1)
+)  # |y - x|^2 is noncentral chi-square
 
 x = generator.random((clouds, n, 2))  # uniform points on the torus, square balls
 difference = np.abs(x[:, 1:] - x[:, :1])
-distance = np.sort(np.minimum(difference, 1 - difference).max(axis=2), axis=1)[:, k - 1]
+distance = np.sort(np.minimum(difference, 1 - difference).max(axis=2), axis=1)[
+    :, k - 1
+]
 mass_uniform = (2 * distance) ** 2
 
 p = np.linspace(0, 1, 300)
 figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
-for ax, mass, title in zip(axes, (mass_normal, mass_uniform), ("normal, discs", "uniform, squares"), strict=True):
+for ax, mass, title in zip(
+    axes,
+    (mass_normal, mass_uniform),
+    ("normal, discs", "uniform, squares"),
+    strict=True,
+):
     ax.hist(mass, bins=50, density=True, alpha=0.5)
     ax.plot(p, stats.beta.pdf(p, k, n - k), "k")
     ax.set(title=title, xlabel="mass of the ball", xlim=(0, 0.9))
@@ -109,11 +135,20 @@ plt.show()
 # Under the law, $\sqrt N$ times the distance exceeds 2.2 once in 8,000 runs, and the seed is fixed.
 
 # %%
-for name, mass in (("normal, discs", mass_normal), ("uniform, squares", mass_uniform)):
+for name, mass in (
+    ("normal, discs", mass_normal),
+    ("uniform, squares", mass_uniform),
+):
     ks = stats.kstest(mass, "beta", args=(k, n - k)).statistic * math.sqrt(clouds)
-    print(f"{name:17} sqrt(N) KS = {ks:.2f}   mean {mass.mean():.4f} (law: {k / n})")
+    print(
+        f"{name:17} sqrt(N) KS = {ks:.2f}   mean {mass.mean():.4f} (law: {k / n})"
+    )
     assert ks < 2.2
-    assert stats.kstest(mass, "beta", args=(k, n - k + 1)).statistic * math.sqrt(clouds) > 5  # a near miss is seen
+    assert (
+        stats.kstest(mass, "beta", args=(k, n - k + 1)).statistic
+        * math.sqrt(clouds)
+        > 5
+    )  # a near miss is seen
 
 # %% [markdown]
 # ## 2. The mean of its logarithm, exactly
@@ -127,16 +162,28 @@ p = sympy.symbols("p", positive=True)
 
 def mean_log_mass(n, k):
     """Integral of log p against the density of Beta(k, n - k)."""
-    density = sympy.factorial(n - 1) / sympy.factorial(k - 1) / sympy.factorial(n - k - 1)
+    density = (
+        sympy.factorial(n - 1) / sympy.factorial(k - 1) / sympy.factorial(n - k - 1)
+    )
     density = sympy.expand(density * p ** (k - 1) * (1 - p) ** (n - k - 1))
-    return sum(sympy.integrate(term * sympy.log(p), (p, 0, 1)) for term in sympy.Add.make_args(density))
+    return sum(
+        sympy.integrate(term * sympy.log(p), (p, 0, 1))
+        for term in sympy.Add.make_args(density)
+    )
 
 
 for n in range(2, 7):
     row = [mean_log_mass(n, k) for k in range(1, n)]
-    assert row == [-sum(sympy.Rational(1, j) for j in range(k, n)) for k in range(1, n)]
-    assert all(sympy.simplify(sympy.digamma(k) - sympy.digamma(n) - row[k - 1]) == 0 for k in range(1, n))
-    print(f"n = {n}:", "   ".join(f"k={k}: {value}" for k, value in enumerate(row, 1)))
+    assert row == [
+        -sum(sympy.Rational(1, j) for j in range(k, n)) for k in range(1, n)
+    ]
+    assert all(
+        sympy.simplify(sympy.digamma(k) - sympy.digamma(n) - row[k - 1]) == 0
+        for k in range(1, n)
+    )
+    print(
+        f"n = {n}:", "   ".join(f"k={k}: {value}" for k, value in enumerate(row, 1))
+    )
 
 # %% [markdown]
 # Each is $\psi(k) - \psi(n) = -\sum_{j=k}^{n-1} 1/j$.
@@ -154,13 +201,21 @@ def volume(d, p):
     """Slice by slice: the ball in d dimensions is made of balls in d - 1."""
     if d == 1 or p == sympy.oo:
         return sympy.Integer(2) ** d
-    return volume(d - 1, p) * 2 * sympy.integrate((1 - t**p) ** sympy.Rational(d - 1, p), (t, 0, 1))
+    return (
+        volume(d - 1, p)
+        * 2
+        * sympy.integrate((1 - t**p) ** sympy.Rational(d - 1, p), (t, 0, 1))
+    )
 
 
 for d in range(1, 6):
-    one, two, largest = (sympy.nsimplify(sympy.simplify(volume(d, p))) for p in (1, 2, sympy.oo))
+    one, two, largest = (
+        sympy.nsimplify(sympy.simplify(volume(d, p))) for p in (1, 2, sympy.oo)
+    )
     for p, value in ((1, one), (2, two), (math.inf, largest)):
-        assert math.isclose(math.exp(log_unit_ball_volume(d, p)), float(value), rel_tol=1e-12)
+        assert math.isclose(
+            math.exp(log_unit_ball_volume(d, p)), float(value), rel_tol=1e-12
+        )
     print(f"d = {d}:   p=1: {one!s:6}  p=2: {two!s:10}  p=oo: {largest}")
 print(f"d = 128, p=2: {math.exp(log_unit_ball_volume(128)):.3e}")
 
@@ -183,7 +238,9 @@ def laplace(n, d):
 
 def uniform(n, d):
     """Unit variance."""
-    return (math.sqrt(12) * (torch.rand(n, d, generator=generator) - 0.5)).to(device)
+    return (math.sqrt(12) * (torch.rand(n, d, generator=generator) - 0.5)).to(
+        device
+    )
 
 
 CLOUDS = {  # unit variance in each coordinate, and entropy for each coordinate
@@ -192,12 +249,17 @@ CLOUDS = {  # unit variance in each coordinate, and entropy for each coordinate
     "Laplace": (laplace, 1 + math.log(2) / 2),
 }
 print(f"n = {n}, d = {d}, mean of {repeats} estimates")
-print(f"{'':10}{'true':>8}" + "".join(f"{f'k={k}, L{p}':>19}" for k in (1, 5) for p in (2, "∞")))
+print(
+    f"{'':10}{'true':>8}"
+    + "".join(f"{f'k={k}, L{p}':>19}" for k in (1, 5) for p in (2, "∞"))
+)
 for name, (draw, entropy) in CLOUDS.items():
     row = f"{name:10}{d * entropy:8.3f}"
     for k in (1, 5):
         for p in (2.0, math.inf):
-            mean, error = mean_and_error(knn_entropy(draw(n, d), k, p=p) for _ in range(repeats))
+            mean, error = mean_and_error(
+                knn_entropy(draw(n, d), k, p=p) for _ in range(repeats)
+            )
             row += f"{mean:11.3f} ± {error:.3f}"
             # Bias at most about 0.09 here (Laplace, k = 5); 4 standard errors of noise.
             assert abs(mean - d * entropy) < 0.1 + 4 * error
@@ -213,9 +275,16 @@ x = normal(1000, 5, generator).double()
 eps = KDTree(x.cpu().numpy()).query(x.cpu().numpy(), k=[4])[0][:, 0]
 constant = digamma(1000) - digamma(3)
 by_radius = constant + log_unit_ball_volume(5) + 5 * np.log(eps).mean()
-by_diameter = constant + log_unit_ball_volume(5) - 5 * math.log(2) + 5 * np.log(2 * eps).mean()
+by_diameter = (
+    constant
+    + log_unit_ball_volume(5)
+    - 5 * math.log(2)
+    + 5 * np.log(2 * eps).mean()
+)
 mixed = constant + log_unit_ball_volume(5) + 5 * np.log(2 * eps).mean()
-print(f"true {5 * LOG_NORMAL:.3f}   radius {by_radius:.3f}   diameter {by_diameter:.3f}   mixed {mixed:.3f}")
+print(
+    f"true {5 * LOG_NORMAL:.3f}   radius {by_radius:.3f}   diameter {by_diameter:.3f}   mixed {mixed:.3f}"
+)
 print(f"error of mixing: {mixed - by_radius:.6f} = 5 log 2 = {5 * math.log(2):.6f}")
 assert abs(by_radius - by_diameter) < 1e-12
 assert abs(by_radius - float(knn_entropy(x, 3))) < 1e-9
@@ -234,12 +303,19 @@ assert abs(mixed - by_radius - 5 * math.log(2)) < 1e-12
 # %% mystnb={"figure": {"name": "fig-knn_entropy-bias", "caption": "Bias of the estimate for N(0, I) against the dimension, with standard errors: by number of points and neighbour (left), and by norm (right)."}, "image": {"alt": "Two panels of bias in nats against the dimension from 1 to 64. All curves are near zero up to 8 dimensions and then rise to between 8 and 22 nats at 64. Ten times as many points lower the curve only a little; the maximum norm doubles the bias."}}
 dimensions = [1, 2, 4, 8, 16, 32, 64]
 generator = torch.Generator().manual_seed(2)
-settings = {(100, 1, 2.0): 60, (100, 5, 2.0): 60, (1000, 1, 2.0): 6, (1000, 5, 2.0): 6, (100, 1, math.inf): 60}
+settings = {
+    (100, 1, 2.0): 60,
+    (100, 5, 2.0): 60,
+    (1000, 1, 2.0): 6,
+    (1000, 5, 2.0): 6,
+    (100, 1, math.inf): 60,
+}
 bias = {
     key: np.array(
         [
             mean_and_error(
-                float(knn_entropy(normal(key[0], d, generator), key[1], p=key[2])) - d * LOG_NORMAL
+                float(knn_entropy(normal(key[0], d, generator), key[1], p=key[2]))
+                - d * LOG_NORMAL
                 for _ in range(repeats * MORE)
             )
             for d in dimensions
@@ -247,21 +323,47 @@ bias = {
     )
     for key, repeats in settings.items()
 }
-largest = float(mpmath.quad(lambda t: t * 99 * mpmath.npdf(t) * mpmath.ncdf(t) ** 98, [-8, 0, 2, 4, 8]))
+largest = float(
+    mpmath.quad(
+        lambda t: t * 99 * mpmath.npdf(t) * mpmath.ncdf(t) ** 98, [-8, 0, 2, 4, 8]
+    )
+)
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+figure, axes = plt.subplots(
+    1, 2, figsize=(9, 3.6), sharey=True, layout="constrained"
+)
 for (n, k, p), values in bias.items():
     label = f"n = {n}, k = {k}"
     if p == 2:
-        axes[0].errorbar(dimensions, values[:, 0], values[:, 1], marker="o", ms=3, label=label)
+        axes[0].errorbar(
+            dimensions, values[:, 0], values[:, 1], marker="o", ms=3, label=label
+        )
     if n == 100 and k == 1:
-        axes[1].errorbar(dimensions, values[:, 0], values[:, 1], marker="o", ms=3, label=f"p = {p:g}, {label}")
+        axes[1].errorbar(
+            dimensions,
+            values[:, 0],
+            values[:, 1],
+            marker="o",
+            ms=3,
+            label=f"p = {p:g}, {label}",
+        )
 d = np.array([16.0, 32, 64])
-limit = d / 2 * math.log(2) - largest * np.sqrt(3 * d / 8) + digamma(100) - digamma(1) - np.log(math.pi * d) / 2
+limit = (
+    d / 2 * math.log(2)
+    - largest * np.sqrt(3 * d / 8)
+    + digamma(100)
+    - digamma(1)
+    - np.log(math.pi * d) / 2
+)
 axes[0].plot(d, limit, "k--", label="large d, n = 100, k = 1")
 for ax in axes:
     ax.axhline(0, color="grey", lw=0.8)
-    ax.set(xlabel="dimension d", xscale="log", xticks=dimensions, xticklabels=dimensions)
+    ax.set(
+        xlabel="dimension d",
+        xscale="log",
+        xticks=dimensions,
+        xticklabels=dimensions,
+    )
     ax.minorticks_off()
     ax.legend(fontsize=8)
 axes[0].set_ylabel("bias (nats)")
@@ -271,12 +373,21 @@ plt.show()
 print("bias (± standard error)")
 print(f"{'d':>4}" + "".join(f"{f'n={n} k={k} p={p:g}':>22}" for n, k, p in bias))
 for row, d in enumerate(dimensions):
-    print(f"{d:4}" + "".join(f"{v[row, 0]:+13.3f} ± {v[row, 1]:.3f} " for v in bias.values()))
+    print(
+        f"{d:4}"
+        + "".join(f"{v[row, 0]:+13.3f} ± {v[row, 1]:.3f} " for v in bias.values())
+    )
 base = bias[100, 1, 2.0]
-assert abs(base[1, 0]) < 0.15  # a few hundredths in two dimensions; one standard error is about 0.02
+assert (
+    abs(base[1, 0]) < 0.15
+)  # a few hundredths in two dimensions; one standard error is about 0.02
 assert 10 < base[-1, 0] < 12  # in 64 dimensions; one standard error is about 0.09
-assert bias[100, 1, math.inf][-1, 0] > 1.5 * base[-1, 0]  # the maximum norm is much worse there
-assert bias[100, 5, 2.0][-1, 0] > base[-1, 0] > bias[1000, 1, 2.0][-1, 0] > 8  # k adds bias; ten times n hardly helps
+assert (
+    bias[100, 1, math.inf][-1, 0] > 1.5 * base[-1, 0]
+)  # the maximum norm is much worse there
+assert (
+    bias[100, 5, 2.0][-1, 0] > base[-1, 0] > bias[1000, 1, 2.0][-1, 0] > 8
+)  # k adds bias; ten times n hardly helps
 
 # %% [markdown]
 # ## 6. Bounded support
@@ -299,7 +410,9 @@ for d in (1, 2, 4, 8):
             values.append(digamma(n) - digamma(k) + d * np.log(2 * eps).mean())
         found[name] = mean_and_error(values)
     (cube, se_cube), (torus, se_torus) = found["cube"], found["torus"]
-    print(f"d = {d}: cube {cube:+.4f} ± {se_cube:.4f}   torus {torus:+.4f} ± {se_torus:.4f}")
+    print(
+        f"d = {d}: cube {cube:+.4f} ± {se_cube:.4f}   torus {torus:+.4f} ± {se_torus:.4f}"
+    )
     assert abs(torus) < 4 * se_torus
     if d == 1:
         print(f"       exact {(2 * math.log(2) - 1) * k / n:+.4f} on the interval")
@@ -315,12 +428,19 @@ for d in (1, 2, 4, 8):
 
 # %% tags=["nbval-check-output"]
 mpmath.mp.dps = 30
-print(f"{'n':>5} {'psi(n)':>17} {'psi - log(n-1)':>17} {'psi - log n':>17} {'psi - log(n-1/2)':>17}")
+print(
+    f"{'n':>5} {'psi(n)':>17} {'psi - log(n-1)':>17} {'psi - log n':>17} {'psi - log(n-1/2)':>17}"
+)
 for n in (2, 10, 100, 1000):
     psi = mpmath.psi(0, n)
     gaps = [psi - mpmath.log(n - shift) for shift in (1, 0, mpmath.mpf(1) / 2)]
-    print(f"{n:5} {float(psi):17.12f}" + "".join(f" {float(gap):+17.12f}" for gap in gaps))
-    assert abs(gaps[2]) < mpmath.mpf(1) / (24 * (n - 0.5) ** 2)  # the next term of the series is negative
+    print(
+        f"{n:5} {float(psi):17.12f}"
+        + "".join(f" {float(gap):+17.12f}" for gap in gaps)
+    )
+    assert abs(gaps[2]) < mpmath.mpf(1) / (
+        24 * (n - 0.5) ** 2
+    )  # the next term of the series is negative
     assert gaps[0] > 0.99 / (2 * (n - 1)) * (1 - mpmath.mpf(1) / (3 * (n - 1)))
 
 # %% [markdown]
@@ -334,20 +454,34 @@ for n in (2, 10, 100, 1000):
 # %%
 generator = np.random.default_rng(4)
 n, repeats, neighbours = 100, 1500 * MORE, [1, 2, 3, 5, 10]
-print(f"n Var on the torus, n = {n}" + "".join(f"{f'k={k}':>9}" for k in neighbours))
-print(f"{'if independent, ψ₁(k)':28}" + "".join(f"{polygamma(1, k):9.3f}" for k in neighbours))
+print(
+    f"n Var on the torus, n = {n}" + "".join(f"{f'k={k}':>9}" for k in neighbours)
+)
+print(
+    f"{'if independent, ψ₁(k)':28}"
+    + "".join(f"{polygamma(1, k):9.3f}" for k in neighbours)
+)
 for d in (1, 2, 3):
     values = np.empty((repeats, len(neighbours)))
     for r in range(repeats):
         x = generator.random((n, d))
-        eps = KDTree(x, boxsize=1.0).query(x, k=[k + 1 for k in neighbours], p=np.inf)[0]
+        eps = KDTree(x, boxsize=1.0).query(
+            x, k=[k + 1 for k in neighbours], p=np.inf
+        )[0]
         values[r] = digamma(n) - digamma(neighbours) + d * np.log(2 * eps).mean(0)
     variance = n * (values**2).mean(0)  # the mean is 0
     error = n * (values**2).std(0) / math.sqrt(repeats)
-    print(f"{f'd = {d} (± {error.max():.2f})':28}" + "".join(f"{v:9.3f}" for v in variance))
+    print(
+        f"{f'd = {d} (± {error.max():.2f})':28}"
+        + "".join(f"{v:9.3f}" for v in variance)
+    )
     assert (variance - 4 * error > polygamma(1, neighbours)).all()
     if d == 1:
-        exact = math.pi**2 / 2 + 4 * float(mpmath.polylog(2, -0.5)) - n * polygamma(1, n)
+        exact = (
+            math.pi**2 / 2
+            + 4 * float(mpmath.polylog(2, -0.5))
+            - n * polygamma(1, n)
+        )
         print(f"{'exact, d = 1':28}{exact:9.3f}")
         assert abs(variance[0] - exact) < 4 * error[0]
 
@@ -364,17 +498,25 @@ generator = torch.Generator().manual_seed(5)
 
 def simplex(n, d):
     """Corners of a regular simplex, n <= d + 1, mean 0 and mean square radius d."""
-    corners = torch.linalg.svd(torch.eye(n, dtype=torch.float64) - 1 / n)[0][:, : n - 1]
+    corners = torch.linalg.svd(torch.eye(n, dtype=torch.float64) - 1 / n)[0][
+        :, : n - 1
+    ]
     x = torch.zeros(n, d, dtype=torch.float64)
     x[:, : n - 1] = corners
     return x * math.sqrt(n * d / float((x * x).sum()))
 
 
-print(f"{'n':>4} {'d':>4} {'simplex':>10} {'bound':>10} {'N sample':>10} {'entropy of N(0, I)':>20}")
+print(
+    f"{'n':>4} {'d':>4} {'simplex':>10} {'bound':>10} {'N sample':>10} {'entropy of N(0, I)':>20}"
+)
 for n, d in ((3, 2), (17, 16), (65, 64), (100, 128)):
     value = float(knn_entropy(simplex(n, d)))
-    gaussian = np.mean([float(knn_entropy(batch_norm(normal(n, d, generator)))) for _ in range(20)])
-    print(f"{n:4} {d:4} {value:10.3f} {knn_entropy_bound(n, d):10.3f} {gaussian:10.3f} {d * LOG_NORMAL:20.3f}")
+    gaussian = np.mean(
+        [float(knn_entropy(batch_norm(normal(n, d, generator)))) for _ in range(20)]
+    )
+    print(
+        f"{n:4} {d:4} {value:10.3f} {knn_entropy_bound(n, d):10.3f} {gaussian:10.3f} {d * LOG_NORMAL:20.3f}"
+    )
     assert abs(value - knn_entropy_bound(n, d)) < 1e-6
     assert value > max(gaussian, d * LOG_NORMAL)
 
@@ -392,46 +534,98 @@ atoms_sd = 0.05
 def atoms(n, d):
     """±1 with a little noise, scaled to unit variance."""
     signs = 2.0 * torch.randint(2, (n, d), generator=generator) - 1
-    return ((signs + atoms_sd * torch.randn(n, d, generator=generator)) / math.sqrt(1 + atoms_sd**2)).to(device)
+    return (
+        (signs + atoms_sd * torch.randn(n, d, generator=generator))
+        / math.sqrt(1 + atoms_sd**2)
+    ).to(device)
 
 
 # The two atoms do not overlap at this noise: entropy log 2 + that of one atom.
-atoms_entropy = math.log(2) + LOG_NORMAL + math.log(atoms_sd) - 0.5 * math.log(1 + atoms_sd**2)
-SHAPES = {"uniform": CLOUDS["uniform"], "±1 atoms": (atoms, atoms_entropy), "Laplace": CLOUDS["Laplace"]}
+atoms_entropy = (
+    math.log(2) + LOG_NORMAL + math.log(atoms_sd) - 0.5 * math.log(1 + atoms_sd**2)
+)
+SHAPES = {
+    "uniform": CLOUDS["uniform"],
+    "±1 atoms": (atoms, atoms_entropy),
+    "Laplace": CLOUDS["Laplace"],
+}
 
 
 def estimates(draw, d):
     """Estimates on batch-normalised batches."""
-    return mean_and_error(knn_entropy(batch_norm(draw(n, d))) for _ in range(repeats))
+    return mean_and_error(
+        knn_entropy(batch_norm(draw(n, d))) for _ in range(repeats)
+    )
 
 
 generator_normal = torch.Generator().manual_seed(7)
-reference = [estimates(lambda n, d: normal(n, d, generator_normal), d) for d in dimensions]
+reference = [
+    estimates(lambda n, d: normal(n, d, generator_normal), d) for d in dimensions
+]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 difference = {}
 for name, (draw, entropy) in SHAPES.items():
     rows = [estimates(draw, d) for d in dimensions]
-    difference[name] = np.array([(a - b, math.hypot(s, t)) for (a, s), (b, t) in zip(rows, reference, strict=True)])
-    axes[0].errorbar(dimensions, difference[name][:, 0], difference[name][:, 1], marker="o", ms=3, label=name)
-    axes[1].plot(dimensions, [d * (entropy - LOG_NORMAL) for d in dimensions], marker="o", ms=3, label=name)
-for ax, title in zip(axes, ("estimate − estimate for normal", "entropy − entropy of normal"), strict=True):
+    difference[name] = np.array(
+        [
+            (a - b, math.hypot(s, t))
+            for (a, s), (b, t) in zip(rows, reference, strict=True)
+        ]
+    )
+    axes[0].errorbar(
+        dimensions,
+        difference[name][:, 0],
+        difference[name][:, 1],
+        marker="o",
+        ms=3,
+        label=name,
+    )
+    axes[1].plot(
+        dimensions,
+        [d * (entropy - LOG_NORMAL) for d in dimensions],
+        marker="o",
+        ms=3,
+        label=name,
+    )
+for ax, title in zip(
+    axes,
+    ("estimate − estimate for normal", "entropy − entropy of normal"),
+    strict=True,
+):
     ax.axhline(0, color="grey", lw=0.8)
-    ax.set(title=title, xlabel="dimension d", xscale="log", xticks=dimensions, xticklabels=dimensions)
+    ax.set(
+        title=title,
+        xlabel="dimension d",
+        xscale="log",
+        xticks=dimensions,
+        xticklabels=dimensions,
+    )
     ax.minorticks_off()
     ax.legend(fontsize=8)
 axes[0].set_ylabel("nats")
 plt.show()
 
 # %%
-print(f"{'d':>4}" + "".join(f"{name + ': estimated (true)':>29}" for name in SHAPES))
+print(
+    f"{'d':>4}" + "".join(f"{name + ': estimated (true)':>29}" for name in SHAPES)
+)
 for row, d in enumerate(dimensions):
     line = f"{d:4}"
     for name, (_, entropy) in SHAPES.items():
         value, error = difference[name][row]
-        line += f"{value:+.2f} ± {error:.2f} ({d * (entropy - LOG_NORMAL):+.2f})".rjust(29)
+        line += (
+            f"{value:+.2f} ± {error:.2f} ({d * (entropy - LOG_NORMAL):+.2f})".rjust(
+                29
+            )
+        )
     print(line)
-assert difference["±1 atoms"][0, 0] < -4  # in the plane the atoms are seen for what they are (true: -4.61)
-for name in ("uniform", "±1 atoms"):  # in 64 dimensions they win: by 7 and more standard errors
+assert (
+    difference["±1 atoms"][0, 0] < -4
+)  # in the plane the atoms are seen for what they are (true: -4.61)
+for name in (
+    "uniform",
+    "±1 atoms",
+):  # in 64 dimensions they win: by 7 and more standard errors
     assert difference[name][-1, 0] > 4 * difference[name][-1, 1]
 assert difference["Laplace"][-1, 0] < -1  # heavy tails still lose
 
@@ -456,10 +650,17 @@ def expectation(expression):
 
 
 variance = expectation((x - y) ** 4) - expectation((x - y) ** 2) ** 2
-covariance = expectation((x - y) ** 2 * (x - z) ** 2) - expectation((x - y) ** 2) ** 2
+covariance = (
+    expectation((x - y) ** 2 * (x - z) ** 2) - expectation((x - y) ** 2) ** 2
+)
 print("variance of (x - y)^2:", sympy.factor(variance))
 print("covariance of (x - y)^2 and (x - z)^2:", sympy.expand(covariance))
-for name, value in (("normal", 3), ("uniform", sympy.Rational(9, 5)), ("±1", 1), ("Laplace", 6)):
+for name, value in (
+    ("normal", 3),
+    ("uniform", sympy.Rational(9, 5)),
+    ("±1", 1),
+    ("Laplace", 6),
+):
     print(f"{name:8} kappa = {value!s:4} variance {variance.subs(kappa, value)}")
 
 # %% [markdown]
@@ -480,10 +681,18 @@ constant = digamma(1000) - digamma(1) + log_unit_ball_volume(2)
 by_product = constant + float(kept.log().mean())
 truth = float(knn_entropy(exact))
 print(f"float64                      {truth:9.4f}")
-print(f"float32, differences         {float(knn_entropy(x, duplicates='clamp')):9.4f}")
-print(f"float32, matrix product      {by_product:9.4f}, with {int((nearest <= 0).sum())} squares that are not positive")
-print(f"float32, mean subtracted     {float(knn_entropy(x - x.mean(0), duplicates='clamp')):9.4f}")
-assert abs(float(knn_entropy(x, duplicates="clamp")) - truth) < 0.05  # x itself is rounded to 6e-8
+print(
+    f"float32, differences         {float(knn_entropy(x, duplicates='clamp')):9.4f}"
+)
+print(
+    f"float32, matrix product      {by_product:9.4f}, with {int((nearest <= 0).sum())} squares that are not positive"
+)
+print(
+    f"float32, mean subtracted     {float(knn_entropy(x - x.mean(0), duplicates='clamp')):9.4f}"
+)
+assert (
+    abs(float(knn_entropy(x, duplicates="clamp")) - truth) < 0.05
+)  # x itself is rounded to 6e-8
 assert abs(by_product - truth) > 1
 
 # %% [markdown]
@@ -521,8 +730,12 @@ def climb(x, steps, *, step_size=0.1, clip=3.0, batch=100, seed=0):
     for _ in range(steps):
         chosen = torch.randperm(len(x), generator=generator)[:batch].to(x.device)
         points = x[chosen].requires_grad_()
-        (force,) = torch.autograd.grad(knn_entropy(batch_norm(points), duplicates="clamp"), points)
-        force = force * batch / x.shape[1]  # a sum over pairs of (x - y) / |x - y|^2
+        (force,) = torch.autograd.grad(
+            knn_entropy(batch_norm(points), duplicates="clamp"), points
+        )
+        force = (
+            force * batch / x.shape[1]
+        )  # a sum over pairs of (x - y) / |x - y|^2
         length = force.norm(dim=1, keepdim=True).clamp_min(1e-12)
         x[chosen] = x[chosen] + step_size * force * (clip / length).clamp_max(1)
         x = batch_norm(x)
@@ -531,26 +744,38 @@ def climb(x, steps, *, step_size=0.1, clip=3.0, batch=100, seed=0):
 
 generator = torch.Generator().manual_seed(10)
 corners = torch.tensor([[-1.0, -1.0], [1.0, -0.6], [0.2, 1.2]])
-start = corners[torch.randint(3, (1000,), generator=generator)] + 0.1 * torch.randn(1000, 2, generator=generator)
+start = corners[torch.randint(3, (1000,), generator=generator)] + 0.1 * torch.randn(
+    1000, 2, generator=generator
+)
 start = batch_norm(start.to(device))
 snapshots, shown = {0: start}, (100, 500, 3000)
 for step, cloud in enumerate(climb(start, 3000, step_size=0.05), 1):
     if step in shown:
         snapshots[step] = cloud
-figure, axes = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained", sharey=True)
+figure, axes = plt.subplots(
+    1, 4, figsize=(9, 2.7), layout="constrained", sharey=True
+)
 for ax, (step, cloud) in zip(axes, snapshots.items(), strict=True):
     ax.plot(*cloud.T.cpu(), ".", ms=2)
     ax.add_patch(plt.Circle((0, 0), math.sqrt(stats.chi2.ppf(0.95, 2)), fill=False))
-    ax.set(title=f"{step} batches", xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
+    ax.set(
+        title=f"{step} batches", xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal"
+    )
 plt.show()
 
 # %%
 before, after = ((snapshots[step] ** 2).sum(1).cpu().numpy() for step in (0, 3000))
 inside = [(q < stats.chi2.ppf(0.95, 2)).mean() for q in (before, after)]
 distances = [stats.kstest(q, "chi2", args=(2,)).statistic for q in (before, after)]
-print(f"inside the circle: {inside[0]:.3f} before, {inside[1]:.3f} after (normal: 0.95)")
-print(f"KS distance of |z|^2 from chi-square: {distances[0]:.3f} before, {distances[1]:.3f} after")
-assert distances[0] > 0.3 and distances[1] < 0.1  # nearly normal in the plane: the estimate is good there
+print(
+    f"inside the circle: {inside[0]:.3f} before, {inside[1]:.3f} after (normal: 0.95)"
+)
+print(
+    f"KS distance of |z|^2 from chi-square: {distances[0]:.3f} before, {distances[1]:.3f} after"
+)
+assert (
+    distances[0] > 0.3 and distances[1] < 0.1
+)  # nearly normal in the plane: the estimate is good there
 
 # %% [markdown]
 # ## 13. In 16 dimensions the force leads elsewhere
@@ -567,8 +792,16 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 q = np.linspace(0.1, 45, 300)
 t = np.linspace(-4, 4, 300)
 for name, cloud in (("before", start), ("after", end)):
-    axes[0].hist((cloud**2).sum(1).cpu().numpy(), bins=np.linspace(0, 45, 91), density=True, alpha=0.5, label=name)
-    axes[1].hist(cloud.flatten().cpu().numpy(), bins=60, density=True, alpha=0.5, label=name)
+    axes[0].hist(
+        (cloud**2).sum(1).cpu().numpy(),
+        bins=np.linspace(0, 45, 91),
+        density=True,
+        alpha=0.5,
+        label=name,
+    )
+    axes[1].hist(
+        cloud.flatten().cpu().numpy(), bins=60, density=True, alpha=0.5, label=name
+    )
 axes[0].plot(q, stats.chi2.pdf(q, dimension), "k", label="chi-square, 16")
 axes[0].set(xlabel="squared radius |z|²")
 axes[1].plot(t, stats.norm.pdf(t), "k", label="normal")
@@ -582,10 +815,19 @@ for name, cloud in (("before", start), ("after", end)):
     squared = (cloud**2).sum(1).cpu().numpy()
     spread = squared.std() / math.sqrt(2 * dimension)
     ks = stats.kstest(squared, "chi2", args=(dimension,)).statistic
-    single = np.mean([stats.kstest(cloud[:, j].cpu().numpy(), "norm").statistic for j in range(dimension)])
-    print(f"{name:7} sd(|z|²) / sqrt(2d) = {spread:.2f}   KS of |z|² {ks:.3f}   mean KS of a coordinate {single:.3f}")
+    single = np.mean(
+        [
+            stats.kstest(cloud[:, j].cpu().numpy(), "norm").statistic
+            for j in range(dimension)
+        ]
+    )
+    print(
+        f"{name:7} sd(|z|²) / sqrt(2d) = {spread:.2f}   KS of |z|² {ks:.3f}   mean KS of a coordinate {single:.3f}"
+    )
     if name == "before":
-        assert 0.85 < spread < 1.15 and ks < 0.07  # a normal sample; KS of 1,000 points is 0.05 at the 1 % level
+        assert (
+            0.85 < spread < 1.15 and ks < 0.07
+        )  # a normal sample; KS of 1,000 points is 0.05 at the 1 % level
     else:
         assert spread < 0.3 and ks > 0.3  # a shell
         assert single < 0.05  # and no single coordinate shows it
@@ -604,11 +846,18 @@ for name, cloud in (("before", start), ("after", end)):
 # %% mystnb={"figure": {"name": "fig-knn_entropy-direction", "caption": "Samples of a small generator (orange) after training on eight clusters (blue) with three losses that differ in the direction of the nearest neighbour."}, "image": {"alt": "Three scatter plots. With data to sample, squared or logarithmic, the samples cover all eight clusters and much of the empty space between. With sample to data, all samples lie on two neighbouring clusters and the line between them."}}
 LOSSES = {
     "data to sample, squared": lambda squared: squared.amin(1).mean(),
-    "data to sample, log": lambda squared: 0.5 * squared.amin(1).clamp_min(1e-8).log().mean(),
+    "data to sample, log": lambda squared: (
+        0.5 * squared.amin(1).clamp_min(1e-8).log().mean()
+    ),
     "sample to data, squared": lambda squared: squared.amin(0).mean(),
 }
 modes = toy("eight_gaussians").modes.float().to(device)
-data = toy("eight_gaussians").sample(240, generator=torch.Generator().manual_seed(12)).float().to(device)
+data = (
+    toy("eight_gaussians")
+    .sample(240, generator=torch.Generator().manual_seed(12))
+    .float()
+    .to(device)
+)
 
 
 def train_generator(loss, steps=300 * MORE, samples=200):
@@ -616,7 +865,11 @@ def train_generator(loss, steps=300 * MORE, samples=200):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = torch.nn.Sequential(
-            torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2)
+            torch.nn.Linear(2, 64),
+            torch.nn.ReLU(),
+            torch.nn.Linear(64, 64),
+            torch.nn.ReLU(),
+            torch.nn.Linear(64, 2),
         ).to(device)
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(13)
@@ -640,10 +893,14 @@ plt.show()
 # %%
 for name, x in generated.items():
     nearest, mode = torch.cdist(x, modes).min(1)
-    held = torch.bincount(mode[nearest < 0.4], minlength=8)  # 0.4 is four standard deviations of a cluster
+    held = torch.bincount(
+        mode[nearest < 0.4], minlength=8
+    )  # 0.4 is four standard deviations of a cluster
     covered = int((held >= 10).sum())
     share = float((nearest < 0.4).float().mean())
-    print(f"{name:25} clusters with samples: {covered}   samples in clusters: {share:.0%}")
+    print(
+        f"{name:25} clusters with samples: {covered}   samples in clusters: {share:.0%}"
+    )
     if name.startswith("data"):
         assert covered == 8
     else:

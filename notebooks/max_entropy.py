@@ -32,9 +32,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import itertools
@@ -67,7 +80,11 @@ print(f"size: {SIZE}, device: {device}")
 z = sp.symbols("z", real=True)
 root3, root2 = sp.sqrt(3), sp.sqrt(2)
 halves = {  # on z > 0; all four are symmetric. The logistic is written in its distribution function u.
-    "normal": (sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi), sp.log(2 * sp.pi) / 2 + z**2 / 2, sp.oo),
+    "normal": (
+        sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi),
+        sp.log(2 * sp.pi) / 2 + z**2 / 2,
+        sp.oo,
+    ),
     "Laplace": (sp.exp(-root2 * z) / root2, sp.log(2) / 2 + root2 * z, sp.oo),
     "uniform": (1 / (2 * root3), sp.log(2 * root3), root3),
 }
@@ -76,12 +93,18 @@ exact = {
     for name, (density, minus_log, end) in halves.items()
 }
 u = sp.symbols("u", positive=True)
-scale = root3 / sp.pi  # logistic with variance 1: p = u (1 - u) / scale, and z -> u has the uniform law
+scale = (
+    root3 / sp.pi
+)  # logistic with variance 1: p = u (1 - u) / scale, and z -> u has the uniform law
 exact["logistic"] = sp.simplify(
-    sp.log(scale) - sp.integrate(sp.log(u), (u, 0, 1)) - sp.integrate(sp.log(1 - u), (u, 0, 1))
+    sp.log(scale)
+    - sp.integrate(sp.log(u), (u, 0, 1))
+    - sp.integrate(sp.log(1 - u), (u, 0, 1))
 )
 for name, value in exact.items():
-    print(f"{name:8} {value!s:25} = {float(value):.6f}, gap {float(exact['normal'] - value):.6f}")
+    print(
+        f"{name:8} {value!s:25} = {float(value):.6f}, gap {float(exact['normal'] - value):.6f}"
+    )
 
 # %% [markdown]
 # Now by numerical integration of the densities from SciPy, as an independent check, and in a picture.
@@ -93,7 +116,9 @@ known = {
     "Laplace": stats.laplace(scale=1 / math.sqrt(2)),
     "uniform": stats.uniform(loc=-math.sqrt(3), scale=2 * math.sqrt(3)),
 }
-colours = dict(zip(known, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+colours = dict(
+    zip(known, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True)
+)
 
 
 def entropy_of(law):
@@ -109,7 +134,9 @@ for name, law in known.items():
     left.plot(x, law.pdf(x), label=name, color=colours[name])
 left.set(xlabel="z", ylabel="density", title="mean 0, variance 1")
 left.legend()
-bars = right.barh(list(measured), list(measured.values()), color=list(colours.values()))
+bars = right.barh(
+    list(measured), list(measured.values()), color=list(colours.values())
+)
 right.bar_label(bars, fmt="%.4f", label_type="center", color="white")
 right.axvline(MAXIMUM, color="black", linestyle=":")
 right.set(xlabel="entropy in nats", xlim=(1.1, 1.5), title="the axis begins at 1.1")
@@ -135,12 +162,25 @@ print("density        gap     TV  Pinsker     W2  Talagrand")
 for name, law in known.items():
     gap = MAXIMUM - float(exact[name])
     crossings = np.linspace(-12, 12, 240_001)
-    variation = 0.5 * np.trapezoid(np.abs(law.pdf(crossings) - stats.norm.pdf(crossings)), crossings)
+    variation = 0.5 * np.trapezoid(
+        np.abs(law.pdf(crossings) - stats.norm.pdf(crossings)), crossings
+    )
     # On the line the increasing map is the best transport: z -> law.ppf(Phi(z)), here through the upper tail.
-    squared = 2 * integrate.quad(lambda t, law=law: (law.isf(stats.norm.sf(t)) - t) ** 2 * stats.norm.pdf(t), 0, 12)[0]
+    squared = (
+        2
+        * integrate.quad(
+            lambda t, law=law: (
+                (law.isf(stats.norm.sf(t)) - t) ** 2 * stats.norm.pdf(t)
+            ),
+            0,
+            12,
+        )[0]
+    )
     distance = math.sqrt(squared)
     pinsker, talagrand = math.sqrt(max(gap, 0) / 2), math.sqrt(2 * max(gap, 0))
-    print(f"{name:9} {gap:8.4f} {variation:6.3f}   {pinsker:6.3f} {distance:6.3f}     {talagrand:6.3f}")
+    print(
+        f"{name:9} {gap:8.4f} {variation:6.3f}   {pinsker:6.3f} {distance:6.3f}     {talagrand:6.3f}"
+    )
     # 1e-4: the trapezoid at the jumps of the uniform density
     assert variation <= pinsker + 1e-4 and distance <= talagrand + 1e-6
 
@@ -156,11 +196,19 @@ for name, law in known.items():
 
 # %% tags=["nbval-check-output"]
 u = sp.symbols("u", positive=True)
-family = u + sp.log(2) + sp.log(u) + sp.Rational(3, 2) * sp.loggamma(u) - sp.loggamma(3 * u) / 2
+family = (
+    u
+    + sp.log(2)
+    + sp.log(u)
+    + sp.Rational(3, 2) * sp.loggamma(u)
+    - sp.loggamma(3 * u) / 2
+)
 half = sp.Rational(1, 2)
 slope = sp.simplify(sp.expand_func(sp.diff(family, u).subs(u, half)))
 curvature = sp.diff(family, u, 2).subs(u, half)
-curvature = sp.simplify(curvature.subs(sp.polygamma(1, 3 * half), sp.polygamma(1, half) - 4))  # its recurrence
+curvature = sp.simplify(
+    curvature.subs(sp.polygamma(1, 3 * half), sp.polygamma(1, half) - 4)
+)  # its recurrence
 print("H'(1/2)  =", slope)
 print("H''(1/2) =", curvature, "< 0" if curvature < 0 else "")
 print("H(1/2)   =", sp.simplify(sp.expand_func(family.subs(u, half))))
@@ -168,11 +216,18 @@ print("H(1/2)   =", sp.simplify(sp.expand_func(family.subs(u, half))))
 # %% mystnb={"figure": {"name": "fig-max_entropy-generalised", "caption": "Entropy of the generalised normal family at variance 1. The peak is at shape 2, the normal density, and it is flat."}, "image": {"alt": "A curve of entropy against the shape beta on a logarithmic axis from 0.4 to 40. It rises steeply to a peak at beta equal to 2 and falls slowly towards the value of the uniform density."}}
 shapes = np.geomspace(0.4, 40, 400)
 inverse = 1 / shapes
-curve = inverse + np.log(2 * inverse) + 1.5 * special.gammaln(inverse) - 0.5 * special.gammaln(3 * inverse)
+curve = (
+    inverse
+    + np.log(2 * inverse)
+    + 1.5 * special.gammaln(inverse)
+    - 0.5 * special.gammaln(3 * inverse)
+)
 points = np.array([0.5, 1, 1.5, 2, 3, 5, 10, 30])
 by_integration = []
 for shape in points:
-    law = stats.gennorm(shape, scale=math.sqrt(special.gamma(1 / shape) / special.gamma(3 / shape)))
+    law = stats.gennorm(
+        shape, scale=math.sqrt(special.gamma(1 / shape) / special.gamma(3 / shape))
+    )
     end = law.isf(1e-16)
     pieces = np.linspace(0, end, 30)
     by_integration.append(
@@ -189,17 +244,23 @@ axes.plot(points, by_integration, "o", label="numerical integration")
 axes.axhline(MAXIMUM, color="black", linestyle=":", label="normal")
 axes.axhline(0.5 * math.log(12), color="tab:red", linestyle="--", label="uniform")
 axes.axvline(2, color="grey", linewidth=0.8)
-axes.set(xlabel=r"shape $\beta$", ylabel="entropy in nats", xticks=[0.5, 1, 2, 5, 10, 30])
+axes.set(
+    xlabel=r"shape $\beta$", ylabel="entropy in nats", xticks=[0.5, 1, 2, 5, 10, 30]
+)
 axes.set_xticklabels(["0.5", "1", "2", "5", "10", "30"])
 axes.legend()
 figure.tight_layout()
 
 assert abs(shapes[curve.argmax()] - 2) < 0.02  # the spacing of the shapes
 closed = np.interp(np.log(points), np.log(shapes), curve)
-assert np.abs(closed - by_integration).max() < 1e-3  # interpolation between 400 points on a curve
+assert (
+    np.abs(closed - by_integration).max() < 1e-3
+)  # interpolation between 400 points on a curve
 assert curve.max() <= MAXIMUM + 1e-12
 near = shapes[curve > MAXIMUM - 0.01]
-print(f"Within 0.01 nats of the maximum: shapes from {near.min():.2f} to {near.max():.2f}.")
+print(
+    f"Within 0.01 nats of the maximum: shapes from {near.min():.2f} to {near.max():.2f}."
+)
 
 # %% [markdown]
 # The range printed above is the practical message. An entropy known to a hundredth of a nat does not tell these
@@ -218,7 +279,9 @@ print(f"Within 0.01 nats of the maximum: shapes from {near.min():.2f} to {near.m
 
 
 # %%
-def climb(grid, constraints, start, potential=None, steps=600, rate=0.05, damping=3.0):
+def climb(
+    grid, constraints, start, potential=None, steps=600, rate=0.05, damping=3.0
+):
     """Maximise entropy minus an expected potential for a density on a grid, under constraints E f = c.
 
     Args:
@@ -232,7 +295,11 @@ def climb(grid, constraints, start, potential=None, steps=600, rate=0.05, dampin
     """
     width = grid[1] - grid[0]
     theta = start.clone().requires_grad_()
-    features = torch.stack([f for f, _ in constraints]) if constraints else torch.zeros(0, len(grid), dtype=grid.dtype)
+    features = (
+        torch.stack([f for f, _ in constraints])
+        if constraints
+        else torch.zeros(0, len(grid), dtype=grid.dtype)
+    )
     target = torch.tensor([c for _, c in constraints], dtype=grid.dtype)
     multiplier = torch.zeros_like(target)
     path, entropies = [], []
@@ -241,7 +308,11 @@ def climb(grid, constraints, start, potential=None, steps=600, rate=0.05, dampin
         p = log_p.exp()
         entropy = -(p * (log_p - width.log())).sum()
         violation = features @ p - target
-        value = entropy - (multiplier * violation).sum() - 0.5 * damping * (violation**2).sum()
+        value = (
+            entropy
+            - (multiplier * violation).sum()
+            - 0.5 * damping * (violation**2).sum()
+        )
         if potential is not None:
             value = value - p @ potential
         (gradient,) = torch.autograd.grad(value, theta)
@@ -260,7 +331,9 @@ def cells(low, high, n=600):
 
 
 grid = cells(-7, 7)
-humps = torch.logaddexp(math.log(0.3) - (grid + 1.4) ** 2 / 0.5, math.log(0.7) - (grid - 0.6) ** 2 / 0.8)
+humps = torch.logaddexp(
+    math.log(0.3) - (grid + 1.4) ** 2 / 0.5, math.log(0.7) - (grid - 0.6) ** 2 / 0.8
+)
 path, entropies, multipliers = climb(grid, [(grid, 0.0), (grid**2, 1.0)], humps)
 print(f"entropy {entropies[-1]:.6f}, maximum {MAXIMUM:.6f}")
 print(
@@ -272,23 +345,29 @@ width = float(grid[1] - grid[0])
 bell = torch.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
 chosen = [0, 10, 30, 80, len(path) - 1]
-for index, colour in zip(chosen, plt.cm.viridis(np.linspace(0, 0.9, len(chosen))), strict=True):
+for index, colour in zip(
+    chosen, plt.cm.viridis(np.linspace(0, 0.9, len(chosen))), strict=True
+):
     left.plot(grid, path[index], color=colour, label=f"step {index}")
 left.plot(grid, bell, "k--", label="N(0, 1)")
 left.set(xlabel="z", ylabel="density", xlim=(-4, 4))
 left.legend(fontsize=8)
-spread = np.array([math.sqrt(float(p @ grid**2 - (p @ grid) ** 2 * width) * width) for p in path])
+spread = np.array(
+    [math.sqrt(float(p @ grid**2 - (p @ grid) ** 2 * width) * width) for p in path]
+)
 right.plot(entropies, label="entropy $H$")
 right.plot(entropies - np.log(spread), label=r"$H - \log\,$(standard deviation)")
-right.axhline(MAXIMUM, color="black", linestyle=":", label=r"$\frac{1}{2}\log(2\pi e)$")
+right.axhline(
+    MAXIMUM, color="black", linestyle=":", label=r"$\frac{1}{2}\log(2\pi e)$"
+)
 right.set(xlabel="step", ylabel="entropy in nats", xlim=(0, 300))
 right.legend()
 figure.tight_layout()
 
 variation = 0.5 * float((path[-1] - bell).abs().sum()) * width
 assert (
-    entropies - np.log(spread)
-).max() < MAXIMUM + 1e-6  # the theorem, at every step, for the density scaled to variance 1
+    (entropies - np.log(spread)).max() < MAXIMUM + 1e-6
+)  # the theorem, at every step, for the density scaled to variance 1
 # Remaining error: the ascent itself, and the normal mass beyond 7, which is 3e-12.
 assert variation < 1e-4, variation
 assert abs(entropies[-1] - MAXIMUM) < 1e-4
@@ -314,7 +393,13 @@ problems = {
         torch.full_like(interval, 0.5),
         math.log(2),
     ),
-    "mean 1 on z > 0: exponential": (positive, [(positive, 1.0)], -2 * (positive - 1) ** 2, torch.exp(-positive), 1.0),
+    "mean 1 on z > 0: exponential": (
+        positive,
+        [(positive, 1.0)],
+        -2 * (positive - 1) ** 2,
+        torch.exp(-positive),
+        1.0,
+    ),
     "E|z| = 1: Laplace": (
         line,
         [(line.abs(), 1.0)],
@@ -324,12 +409,19 @@ problems = {
     ),
 }
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
-for ax, (name, (where, constraints, start, theory, bound)) in zip(axes, problems.items(), strict=True):
+for ax, (name, (where, constraints, start, theory, bound)) in zip(
+    axes, problems.items(), strict=True
+):
     steps, values, prices = climb(where, constraints, start)
     ax.plot(where, steps[0], color="lightgrey", label="start")
     ax.plot(where, steps[-1], linewidth=3, alpha=0.6, label="found")
     ax.plot(where, theory, "k--", linewidth=1, label="theory")
-    ax.set(title=name, xlabel="z", xlim=(max(-4, float(where[0])), min(4, float(where[-1]))), ylim=(0, None))
+    ax.set(
+        title=name,
+        xlabel="z",
+        xlim=(max(-4, float(where[0])), min(4, float(where[-1]))),
+        ylim=(0, None),
+    )
     ax.title.set_fontsize(10)
     width = float(where[1] - where[0])
     variation = 0.5 * float((steps[-1] - theory).abs().sum()) * width
@@ -337,7 +429,9 @@ for ax, (name, (where, constraints, start, theory, bound)) in zip(axes, problems
     print(f"{name:28} entropy {values[-1]:.4f} of {bound:.4f}, multiplier {price}")
     # The cells are 0.02 wide, and the densities of theory are taken at their middles: error of the order 1e-4.
     assert variation < 1e-3 and abs(values[-1] - bound) < 1e-3
-    assert all(abs(float(p) - 1) < 5e-3 for p in prices)  # theory: 1/m = 1 and 1/s = 1
+    assert all(
+        abs(float(p) - 1) < 5e-3 for p in prices
+    )  # theory: 1/m = 1 and 1/s = 1
 axes[0].legend(fontsize=8)
 figure.tight_layout()
 
@@ -352,11 +446,19 @@ figure.tight_layout()
 found = []
 for reach in (2, 4, 8, 16):
     where = cells(-reach, reach)
-    relative = where / reach  # mean 0 is asked of z / reach, which is the same, at one speed for all lengths
-    _, values, _ = climb(where, [(relative, 0.0)], -8 * (relative - 0.1) ** 2, steps=400)
+    relative = (
+        where / reach
+    )  # mean 0 is asked of z / reach, which is the same, at one speed for all lengths
+    _, values, _ = climb(
+        where, [(relative, 0.0)], -8 * (relative - 0.1) ** 2, steps=400
+    )
     found.append(values[-1])
-    print(f"line from {-reach:3} to {reach:2}: entropy {values[-1]:.4f}, log of its length {math.log(2 * reach):.4f}")
-assert np.all(np.diff(found) > 0.5)  # log 2 = 0.69 for every doubling: there is no maximum
+    print(
+        f"line from {-reach:3} to {reach:2}: entropy {values[-1]:.4f}, log of its length {math.log(2 * reach):.4f}"
+    )
+assert np.all(
+    np.diff(found) > 0.5
+)  # log 2 = 0.69 for every doubling: there is no maximum
 
 # %% [markdown]
 # It is the uniform density each time, as long as the line allows. The supremum is infinite.
@@ -376,7 +478,11 @@ two = sp.Matrix([[1, rho], [rho, 1]])
 three = sp.Matrix([[1, a, b], [a, 1, c], [b, c, 1]])
 squares = (a - b * c) ** 2 + b**2 * (1 - c**2) + c**2
 print("1 - det R =", sp.factor(1 - two.det()))
-print("1 - det R =", squares, "" if sp.expand(1 - three.det() - squares) == 0 else "WRONG")
+print(
+    "1 - det R =",
+    squares,
+    "" if sp.expand(1 - three.det() - squares) == 0 else "WRONG",
+)
 
 # %% mystnb={"figure": {"name": "fig-max_entropy-correlation", "caption": "Variances fixed to 1, correlations free. Left: entropy of a two-dimensional normal vector against its correlation. Right: three coordinates, log det R over two correlations. The maximum is at independence."}, "image": {"alt": "Left, a curve of the entropy of two correlated normal coordinates against the correlation rho, with its peak at zero and falling to minus infinity at both ends. Right, a colour map over two correlations of a three-dimensional normal vector with its brightest point at the origin."}}
 generator = torch.Generator().manual_seed(SEED)
@@ -390,7 +496,9 @@ marks = torch.tensor([-0.95, -0.8, -0.5, 0.0, 0.5, 0.8, 0.95], dtype=torch.float
 estimates = []
 for mark in marks:
     noise = torch.randn(number, 2, dtype=torch.float64, generator=generator)
-    sample = torch.stack([noise[:, 0], mark * noise[:, 0] + (1 - mark**2).sqrt() * noise[:, 1]], 1)
+    sample = torch.stack(
+        [noise[:, 0], mark * noise[:, 0] + (1 - mark**2).sqrt() * noise[:, 1]], 1
+    )
     estimates.append(float(knn_entropy(sample, k=3)))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
@@ -402,10 +510,17 @@ left.legend(fontsize=8)
 side = np.linspace(-1, 1, 201)
 bb, cc = np.meshgrid(side, side)
 determinant = 1 - bb**2 - cc**2  # a = 0
-surface = np.where(determinant > 0, np.log(np.where(determinant > 0, determinant, 1)), np.nan)
+surface = np.where(
+    determinant > 0, np.log(np.where(determinant > 0, determinant, 1)), np.nan
+)
 picture = right.pcolormesh(bb, cc, surface, vmin=-4, shading="auto")
 right.plot(0, 0, "k+", markersize=12)
-right.set(xlabel="correlation b", ylabel="correlation c", title=r"$\log\det R$, $a = 0$", aspect="equal")
+right.set(
+    xlabel="correlation b",
+    ylabel="correlation c",
+    title=r"$\log\det R$, $a = 0$",
+    aspect="equal",
+)
 figure.colorbar(picture, ax=right)
 figure.tight_layout()
 
@@ -424,8 +539,12 @@ rng = np.random.default_rng(0)
 factors = rng.normal(size=(10_000, 5, 6))
 covariances = factors @ factors.transpose(0, 2, 1)
 scales = np.sqrt(np.einsum("nii->ni", covariances))
-determinants = np.linalg.det(covariances / (scales[:, :, None] * scales[:, None, :]))
-print("determinants above 1:", int((determinants > 1).sum()), "of", len(determinants))
+determinants = np.linalg.det(
+    covariances / (scales[:, :, None] * scales[:, None, :])
+)
+print(
+    "determinants above 1:", int((determinants > 1).sum()), "of", len(determinants)
+)
 
 # %% [markdown]
 # ## Softmax is a maximum of entropy
@@ -454,19 +573,41 @@ betas = np.linspace(-6, 12, 400)
 curve = boltzmann(betas)
 cloud = rng.dirichlet(np.full(6, 0.6), size=3000)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-for offset, (temperature, colour) in enumerate([(0.3, "tab:blue"), (1.0, "tab:orange"), (5.0, "tab:red")]):
+for offset, (temperature, colour) in enumerate(
+    [(0.3, "tab:blue"), (1.0, "tab:orange"), (5.0, "tab:red")]
+):
     p = boltzmann(1 / temperature)
-    left.bar(np.arange(6) + 0.27 * (offset - 1), p, width=0.27, label=f"T = {temperature}", color=colour)
+    left.bar(
+        np.arange(6) + 0.27 * (offset - 1),
+        p,
+        width=0.27,
+        label=f"T = {temperature}",
+        color=colour,
+    )
     right.plot(p @ energy, discrete_entropy(p), "o", color=colour, zorder=3)
-left.set(xticks=range(6), xticklabels=energy, xlabel="energy of the state", ylabel="probability")
+left.set(
+    xticks=range(6),
+    xticklabels=energy,
+    xlabel="energy of the state",
+    ylabel="probability",
+)
 left.legend()
-right.plot(cloud @ energy, discrete_entropy(cloud), ".", color="grey", markersize=2, alpha=0.5)
+right.plot(
+    cloud @ energy,
+    discrete_entropy(cloud),
+    ".",
+    color="grey",
+    markersize=2,
+    alpha=0.5,
+)
 right.plot(curve @ energy, discrete_entropy(curve), color="black")
 right.set(xlabel="mean energy", ylabel="entropy in nats")
 figure.tight_layout()
 
 # No point of the cloud is above the curve: log Z + beta * E[U] bounds the entropy for every beta.
-bounds = special.logsumexp(-np.multiply.outer(betas, energy), axis=-1)[:, None] + np.outer(betas, cloud @ energy)
+bounds = special.logsumexp(-np.multiply.outer(betas, energy), axis=-1)[
+    :, None
+] + np.outer(betas, cloud @ energy)
 assert (discrete_entropy(cloud) <= bounds.min(0) + 1e-12).all()
 # The curve's slope is beta = 1/T. Steps of 0.045 in beta: error of the differences about 1e-3.
 slopes = np.gradient(discrete_entropy(curve)) / np.gradient(curve @ energy)
@@ -484,8 +625,13 @@ levels = sp.symbols("u1:4", real=True)
 partition = sum(sp.exp(-beta * level) for level in levels)
 weights = [sp.exp(-beta * level) / partition for level in levels]
 mean = sum(w * level for w, level in zip(weights, levels, strict=True))
-variance = sum(w * level**2 for w, level in zip(weights, levels, strict=True)) - mean**2
-print("d log Z / d beta + E[U]  =", sp.simplify(sp.diff(sp.log(partition), beta) + mean))
+variance = (
+    sum(w * level**2 for w, level in zip(weights, levels, strict=True)) - mean**2
+)
+print(
+    "d log Z / d beta + E[U]  =",
+    sp.simplify(sp.diff(sp.log(partition), beta) + mean),
+)
 print("d E[U] / d beta + Var[U] =", sp.simplify(sp.diff(mean, beta) + variance))
 
 # %% [markdown]
@@ -506,25 +652,44 @@ gaps, sharp = [], []
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
 for weight in weights_of_entropy:
     start = -(grid**2) / 2
-    steps, values, _ = climb(grid, [(grid, 0.0), (grid**2, 1.0)], start, potential=cost / float(weight))
+    steps, values, _ = climb(
+        grid, [(grid, 0.0), (grid**2, 1.0)], start, potential=cost / float(weight)
+    )
     p = steps[-1] * (grid[1] - grid[0])
     assert abs(float(p @ grid**2) - 1) < 1e-6  # the constraint holds at the end
     gaps.append(MAXIMUM - values[-1])
     sharp.append((2 - float(p @ cost)) / weight)
     if weight in (0.3, 3, 100):
         left.plot(grid, steps[-1], label=rf"$\lambda$ = {weight:g}")
-left.plot(grid, torch.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi), "k--", label="N(0, 1)")
+left.plot(
+    grid, torch.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi), "k--", label="N(0, 1)"
+)
 left.set(xlabel="code z", ylabel="density", xlim=(-3, 3))
 left.legend(fontsize=8)
 right.loglog(weights_of_entropy, gaps, "o-", label="gap")
-right.loglog(weights_of_entropy, sharp, "s--", label=r"$(\mathcal{R}_0 - \mathcal{R})/\lambda$")
-right.loglog(weights_of_entropy, 2 / weights_of_entropy, ":", color="black", label=r"$\mathcal{R}_0/\lambda$")
+right.loglog(
+    weights_of_entropy,
+    sharp,
+    "s--",
+    label=r"$(\mathcal{R}_0 - \mathcal{R})/\lambda$",
+)
+right.loglog(
+    weights_of_entropy,
+    2 / weights_of_entropy,
+    ":",
+    color="black",
+    label=r"$\mathcal{R}_0/\lambda$",
+)
 right.set(xlabel=r"$\lambda$", ylabel="nats")
 right.legend(fontsize=8)
 figure.tight_layout()
 for weight, gap, bound in zip(weights_of_entropy, gaps, sharp, strict=True):
-    print(f"lambda {weight:5g}: gap {gap:.5f}, bounds {bound:.5f} and {2 / weight:.5f}")
-    assert 0 < gap <= bound + 1e-6 <= 2 / weight + 2e-6  # 1e-6: so far the constraints hold
+    print(
+        f"lambda {weight:5g}: gap {gap:.5f}, bounds {bound:.5f} and {2 / weight:.5f}"
+    )
+    assert (
+        0 < gap <= bound + 1e-6 <= 2 / weight + 2e-6
+    )  # 1e-6: so far the constraints hold
 
 # %% [markdown]
 # The gap shrinks and never closes. In a real autoencoder there is a further difficulty: nobody can compute $H$ of

@@ -29,9 +29,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import math
@@ -59,14 +72,31 @@ print(f"size: {SIZE}, device: {device}")
 
 # %% tags=["nbval-check-output"]
 torch.manual_seed(SEED)
-by_hand = MEG(nets.mlp([2, 16, 2]), nets.mlp([2, 16, 1]), 2, lam=0.5, statistics=nets.mlp([4, 16, 1])).double()
+by_hand = MEG(
+    nets.mlp([2, 16, 2]),
+    nets.mlp([2, 16, 1]),
+    2,
+    lam=0.5,
+    statistics=nets.mlp([4, 16, 1]),
+).double()
 x = toy.sample(8, torch.Generator().manual_seed(2)).double().requires_grad_()
-loss = by_hand.loss(x.detach(), player="energy", generator=torch.Generator().manual_seed(1))
-z = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+loss = by_hand.loss(
+    x.detach(), player="energy", generator=torch.Generator().manual_seed(1)
+)
+z = torch.randn(
+    8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+)
 (slope,) = torch.autograd.grad(by_hand.energy(x).sum(), x)
-energy = by_hand.energy(x)[:, 0] - by_hand.energy(by_hand.generator(z))[:, 0] + 0.5 * slope.square().sum(1)
+energy = (
+    by_hand.energy(x)[:, 0]
+    - by_hand.energy(by_hand.generator(z))[:, 0]
+    + 0.5 * slope.square().sum(1)
+)
 print("the energy's loss is what we wrote:", torch.allclose(loss.total, energy))
-print("players and their steps a round:", {name: steps for name, (_, steps) in by_hand.players.items()})
+print(
+    "players and their steps a round:",
+    {name: steps for name, (_, steps) in by_hand.players.items()},
+)
 
 # %% [markdown]
 # ## Step 2: what the penalty does to a perfect player
@@ -79,27 +109,51 @@ print("players and their steps a round:", {name: steps for name, (_, steps) in b
 STD = 0.05 / math.sqrt(8)
 weights = [10**e for e in torch.linspace(-6.5, -1, 23).tolist()]
 optima = {lam: penalised_optimum(lam, STD) for lam in weights}
-gaussian = [1 - math.exp(-9 / (1 + math.sqrt(1 + 16 * lam / STD**2))) for lam in weights]
+gaussian = [
+    1 - math.exp(-9 / (1 + math.sqrt(1 + 16 * lam / STD**2))) for lam in weights
+]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 r = torch.linspace(0, 8, 400)
 axes[0].plot(r, (-(r**2) / 2).exp() / (2 * math.pi), color="black", label="data")
 for lam in (1e-4, 1e-2, 1e-1):
     best = penalised_optimum(lam, STD)
-    axes[0].plot(best.radius / STD, best.density * STD**2, label=rf"$\lambda = {lam:g}$")
-axes[0].set(xlim=(0, 8), xlabel=r"distance from the centre, $\sigma$", ylabel=r"density $\cdot\,\sigma^2$")
-axes[1].semilogx(weights, [100 * optima[lam].high_quality for lam in weights], marker=".", label="best density")
-axes[1].semilogx(weights, [100 * share for share in gaussian], linestyle="--", label="best Gaussian")
+    axes[0].plot(
+        best.radius / STD, best.density * STD**2, label=rf"$\lambda = {lam:g}$"
+    )
+axes[0].set(
+    xlim=(0, 8),
+    xlabel=r"distance from the centre, $\sigma$",
+    ylabel=r"density $\cdot\,\sigma^2$",
+)
+axes[1].semilogx(
+    weights,
+    [100 * optima[lam].high_quality for lam in weights],
+    marker=".",
+    label="best density",
+)
+axes[1].semilogx(
+    weights,
+    [100 * share for share in gaussian],
+    linestyle="--",
+    label="best Gaussian",
+)
 axes[1].axhline(98.9, color="black", linewidth=0.8)
 axes[1].set(xlabel=r"$\lambda$", ylabel=r"% within $3\sigma$", ylim=(0, 102))
 for ax in axes:
     ax.legend(fontsize=8)
 
 # %% tags=["nbval-check-output"]
-print("within 3 sigma at the paper's weight:", f"{penalised_optimum(0.1, STD).high_quality:.0%}")
+print(
+    "within 3 sigma at the paper's weight:",
+    f"{penalised_optimum(0.1, STD).high_quality:.0%}",
+)
 print("at a thousandth of it:", f"{penalised_optimum(1e-4, STD).high_quality:.0%}")
 print(
     "never below the best Gaussian:",
-    all(optima[lam].high_quality > g for lam, g in zip(weights, gaussian, strict=True)),
+    all(
+        optima[lam].high_quality > g
+        for lam, g in zip(weights, gaussian, strict=True)
+    ),
 )
 
 # %% [markdown]
@@ -116,21 +170,41 @@ def build(surrogate):
     energy = judge_net(2, 48, 1, 1.0)
     statistics = judge_net(4, 48, 1, 1.0) if surrogate else None
     options = {"lam": 0.1, "energy_steps": 1, "generator_steps": 3}
-    return MEG(generator, energy, 2, surrogate=surrogate, statistics=statistics, **options)
+    return MEG(
+        generator, energy, 2, surrogate=surrogate, statistics=statistics, **options
+    )
 
 
 x = toy.sample(25_600, torch.Generator().manual_seed(SEED))
 models = {"without": build(None), "MEG": build("jsd")}
 for name, model in models.items():
     start = time.perf_counter()
-    options = {"epochs": 15 if SIZE == "short" else 100, "batch_size": 128, "lr": 1e-3, "betas": (0.5, 0.9)}
-    train.fit(model, x, schedule=lambda t: 1 - t, seed=SEED, device=device, progress=False, **options)
+    options = {
+        "epochs": 15 if SIZE == "short" else 100,
+        "batch_size": 128,
+        "lr": 1e-3,
+        "betas": (0.5, 0.9),
+    }
+    train.fit(
+        model,
+        x,
+        schedule=lambda t: 1 - t,
+        seed=SEED,
+        device=device,
+        progress=False,
+        **options,
+    )
     print(f"{name:<8} {time.perf_counter() - start:.0f} s")
 
 # %%
-samples = {name: m.sample(2500, generator=torch.Generator().manual_seed(SEED)).cpu() for name, m in models.items()}
+samples = {
+    name: m.sample(2500, generator=torch.Generator().manual_seed(SEED)).cpu()
+    for name, m in models.items()
+}
 samples["data"] = toy.sample(2500, torch.Generator().manual_seed(1))
-found = {name: metrics.mode_quality(s, toy.modes, toy.std) for name, s in samples.items()}
+found = {
+    name: metrics.mode_quality(s, toy.modes, toy.std) for name, s in samples.items()
+}
 for name, quality in found.items():
     print(
         f"{name:<8} modes {quality.modes} of 8, high quality {quality.high_quality:6.1%}, "
@@ -142,13 +216,23 @@ assert abs(found["data"].high_quality - 0.989) < 0.01
 # %% tags=["nbval-check-output"]
 print("MEG finds all eight modes:", found["MEG"].modes == 8)
 print("without the entropy some are missing:", found["without"].modes < 8)
-print("the modes share MEG's samples more evenly:", found["MEG"].kl < 0.5 * found["without"].kl)
+print(
+    "the modes share MEG's samples more evenly:",
+    found["MEG"].kl < 0.5 * found["without"].kl,
+)
 
 # %% mystnb={"figure": {"name": "fig-meg-samples", "caption": "Samples of the game without and with the entropy, and data."}, "image": {"alt": "Three scatter plots. Without the entropy the samples sit in one or few places. MEG runs along the ring through all eight modes, bridges included. The data have eight clusters."}}
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 for ax, (name, s) in zip(axes, samples.items(), strict=True):
     ax.scatter(s[:, 0], s[:, 1], s=2, alpha=0.4, linewidths=0)
-    ax.scatter(toy.modes[:, 0], toy.modes[:, 1], s=60, marker="+", color="tab:red", linewidths=0.8)
+    ax.scatter(
+        toy.modes[:, 0],
+        toy.modes[:, 1],
+        s=60,
+        marker="+",
+        color="tab:red",
+        linewidths=0.8,
+    )
     ax.set(title=name, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
 
 # %% [markdown]
@@ -160,18 +244,34 @@ for ax, (name, s) in zip(axes, samples.items(), strict=True):
 learned = {name: toy_density(m.to("cpu"), toy, 300) for name, m in models.items()}
 axis = (torch.arange(300) + 0.5) / 50 - 3
 true = toy.log_prob(torch.cartesian_prod(axis, axis)).exp().reshape(300, 300)
-panels = {"truth": true, **{f"{name}: KL {kl:.1f} nats": density for name, (kl, density) in learned.items()}}
+panels = {
+    "truth": true,
+    **{
+        f"{name}: KL {kl:.1f} nats": density
+        for name, (kl, density) in learned.items()
+    },
+}
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 for ax, (title, density) in zip(axes, panels.items(), strict=True):
-    ax.imshow(density.T.clamp_min(1e-9).log10().numpy(), origin="lower", extent=(-3, 3, -3, 3), vmin=-3, vmax=0.5)
+    ax.imshow(
+        density.T.clamp_min(1e-9).log10().numpy(),
+        origin="lower",
+        extent=(-3, 3, -3, 3),
+        vmin=-3,
+        vmax=0.5,
+    )
     ax.set_title(title, fontsize=10)
 
 # %%
 cell = 0.02**2
 kl = {name: value for name, (value, _) in learned.items()}
-kl["flat on the square"] = float(torch.xlogy(true, true).sum() * cell) + math.log(36)
+kl["flat on the square"] = float(torch.xlogy(true, true).sum() * cell) + math.log(
+    36
+)
 print(", ".join(f"{name}: {value:.2f} nats" for name, value in kl.items()))
-assert kl["MEG"] < kl["flat on the square"] - 0.5  # half a nat is a lot: what is compared are sums, without noise
+assert (
+    kl["MEG"] < kl["flat on the square"] - 0.5
+)  # half a nat is a lot: what is compared are sums, without noise
 assert abs(float(true.sum()) * cell - 1) < 1e-4  # the grid resolves the truth
 
 # %% [markdown]
@@ -185,18 +285,35 @@ assert abs(float(true.sum()) * cell - 1) < 1e-4  # the grid resolves the truth
 
 # %% mystnb={"figure": {"name": "fig-meg-walk", "caption": "Codes coloured by the mode nearest to their sample, and the samples along a circle of codes."}, "image": {"alt": "Left, the plane of codes in eight coloured regions, with a circle across them. Right, the samples along that circle run along the ring from mode to mode, through the gaps."}}
 meg = models["MEG"]
-grid = torch.cartesian_prod(torch.linspace(-2.5, 2.5, 150), torch.linspace(-2.5, 2.5, 150))
+grid = torch.cartesian_prod(
+    torch.linspace(-2.5, 2.5, 150), torch.linspace(-2.5, 2.5, 150)
+)
 nearest = torch.cdist(metrics.in_batches(meg.decode, grid), toy.modes).argmin(1)
 angle = torch.linspace(0, 2 * math.pi, 300)
 path = 1.2 * torch.stack([angle.cos(), angle.sin()], 1)
 walk = metrics.in_batches(meg.decode, path)
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
-axes[0].scatter(grid[:, 0], grid[:, 1], c=nearest, s=3, cmap="tab10", linewidths=0, rasterized=True)
+axes[0].scatter(
+    grid[:, 0],
+    grid[:, 1],
+    c=nearest,
+    s=3,
+    cmap="tab10",
+    linewidths=0,
+    rasterized=True,
+)
 axes[0].plot(path[:, 0], path[:, 1], color="black", linewidth=1)
 axes[0].set_title("codes")
 axes[1].plot(walk[:, 0], walk[:, 1], color="lightgray", zorder=0)
 axes[1].scatter(walk[:, 0], walk[:, 1], c=angle, s=8, cmap="twilight")
-axes[1].scatter(toy.modes[:, 0], toy.modes[:, 1], s=60, marker="+", color="tab:red", linewidths=0.8)
+axes[1].scatter(
+    toy.modes[:, 0],
+    toy.modes[:, 1],
+    s=60,
+    marker="+",
+    color="tab:red",
+    linewidths=0.8,
+)
 axes[1].set_title("samples along the walk")
 for ax in axes:
     ax.set_aspect("equal")
@@ -209,10 +326,17 @@ for ax in axes:
 
 # %% tags=["nbval-check-output"]
 rank = torch.arange(20_302)
-worst = metrics.detection(-rank.double(), rank >= 12_425)  # the 7,877 anomalies below all others
-print(f"prevalence {worst.prevalence:.3f}, the worst score has AUPRC {worst.auprc:.3f}, AUROC {worst.auroc:.1f}")
+worst = metrics.detection(
+    -rank.double(), rank >= 12_425
+)  # the 7,877 anomalies below all others
+print(
+    f"prevalence {worst.prevalence:.3f}, the worst score has AUPRC {worst.auprc:.3f}, AUROC {worst.auroc:.1f}"
+)
 share = worst.prevalence
-print("the formula agrees:", abs(worst.auprc - (1 + (1 - share) / share * math.log(1 - share))) < 1e-3)
+print(
+    "the formula agrees:",
+    abs(worst.auprc - (1 + (1 - share) / share * math.log(1 - share))) < 1e-3,
+)
 
 # %% [markdown]
 # ## What you have seen

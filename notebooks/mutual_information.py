@@ -30,9 +30,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import math
@@ -81,7 +94,9 @@ for z, x in enumerate(G):
 product = joint.sum(1, keepdim=True) * joint.sum(0)
 information = torch.where(joint > 0, joint * (joint / product).log(), 0.0).sum()
 entropy = -torch.xlogy(joint.sum(1), joint.sum(1)).sum()
-print(f"I(x; z) = {information / math.log(2):.4f} bits, H(x) = {entropy / math.log(2):.4f} bits")
+print(
+    f"I(x; z) = {information / math.log(2):.4f} bits, H(x) = {entropy / math.log(2):.4f} bits"
+)
 
 # %% [markdown]
 # For a deterministic generator and discrete codes they agree: the information *is* the entropy of the samples.
@@ -92,9 +107,13 @@ print(f"I(x; z) = {information / math.log(2):.4f} bits, H(x) = {entropy / math.l
 
 # %% tags=["nbval-check-output"]
 for k in (2, 16, 1024):
-    cell = (torch.arange(1 << 16) + 0.5) / (1 << 16) * k // 1  # of each of 65,536 values of x
+    cell = (
+        (torch.arange(1 << 16) + 0.5) / (1 << 16) * k // 1
+    )  # of each of 65,536 values of x
     share = torch.bincount(cell.long()) / len(cell)
-    print(f"{k:5d} cells: I(x; cell) = {-(share * share.log()).sum():.3f}, log k = {math.log(k):.3f}")
+    print(
+        f"{k:5d} cells: I(x; cell) = {-(share * share.log()).sum():.3f}, log k = {math.log(k):.3f}"
+    )
 
 # %% [markdown]
 # There is no end to it: $I(x; z) = \infty$ for any smooth $G$, while the entropy of $x = z$ is 0.
@@ -112,12 +131,29 @@ def channel(G, tau, points=1200):
     z = torch.linspace(-6, 6, points, dtype=torch.float64)
     weight = (-0.5 * z.square()).exp()
     weight = weight / weight.sum()
-    x = torch.linspace(float(G(z).min()) - 6 * tau, float(G(z).max()) + 6 * tau, 2 * points, dtype=torch.float64)
-    density = torch.exp(-0.5 * ((x[:, None] - G(z)) / tau) ** 2) / (tau * math.sqrt(2 * math.pi)) @ weight
+    x = torch.linspace(
+        float(G(z).min()) - 6 * tau,
+        float(G(z).max()) + 6 * tau,
+        2 * points,
+        dtype=torch.float64,
+    )
+    density = (
+        torch.exp(-0.5 * ((x[:, None] - G(z)) / tau) ** 2)
+        / (tau * math.sqrt(2 * math.pi))
+        @ weight
+    )
     entropy = -torch.trapezoid(torch.xlogy(density, density), x)
-    mean = torch.exp(-0.5 * ((x[:, None] - G(z)) / tau) ** 2) / (tau * math.sqrt(2 * math.pi)) @ (weight * z)
-    rmse = (1 - torch.trapezoid(mean.square() / density.clamp_min(1e-300), x)).sqrt()
-    return float(entropy - 0.5 * math.log(2 * math.pi * math.e * tau**2)), -float(rmse.log())
+    mean = (
+        torch.exp(-0.5 * ((x[:, None] - G(z)) / tau) ** 2)
+        / (tau * math.sqrt(2 * math.pi))
+        @ (weight * z)
+    )
+    rmse = (
+        1 - torch.trapezoid(mean.square() / density.clamp_min(1e-300), x)
+    ).sqrt()
+    return float(entropy - 0.5 * math.log(2 * math.pi * math.e * tau**2)), -float(
+        rmse.log()
+    )
 
 
 channels = {
@@ -128,8 +164,12 @@ channels = {
 taus = torch.logspace(-1.3, 0.5, 8 if SIZE == "short" else 25).tolist()
 curves = {name: [channel(G, tau) for tau in taus] for name, G in channels.items()}
 for (true, bound), tau in zip(curves["linear, $G(z) = z$"], taus, strict=True):
-    assert abs(true - 0.5 * math.log1p(tau**-2)) < 1e-3 and abs(true - bound) < 1e-3  # the quadrature's error
-assert all(bound <= true + 1e-3 for curve in curves.values() for true, bound in curve)
+    assert (
+        abs(true - 0.5 * math.log1p(tau**-2)) < 1e-3 and abs(true - bound) < 1e-3
+    )  # the quadrature's error
+assert all(
+    bound <= true + 1e-3 for curve in curves.values() for true, bound in curve
+)
 
 # %% mystnb={"figure": {"name": "fig-mutual_information-tightness", "caption": "Information (lines) and the reconstruction bound with the best encoder (dashed, dots), against the noise, for three channels."}, "image": {"alt": "Three panels against the noise on a logarithmic axis. Linear: line and dots coincide. Saturated: the dots lie a little below the line, the more the smaller the noise. Folded: the dots lie at zero while the line rises."}}
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
@@ -159,7 +199,9 @@ def pairs(information, n, generator):
     """n pairs (x, z) of d jointly normal coordinates each, with that information in nats."""
     rho = math.sqrt(-math.expm1(-2 * information / d))
     z = torch.randn(n, d, generator=generator)
-    return rho * z + math.sqrt(1 - rho**2) * torch.randn(n, d, generator=generator), z
+    return rho * z + math.sqrt(1 - rho**2) * torch.randn(
+        n, d, generator=generator
+    ), z
 
 
 def best_critic(information):
@@ -167,7 +209,9 @@ def best_critic(information):
 
     def scores(x, z):
         lengths = x.square().sum(1)[:, None] + z.square().sum(1)
-        return information + (2 * math.sqrt(rho2) * x @ z.T - rho2 * lengths) / (2 * (1 - rho2))
+        return information + (2 * math.sqrt(rho2) * x @ z.T - rho2 * lengths) / (
+            2 * (1 - rho2)
+        )
 
     return scores
 
@@ -187,7 +231,12 @@ estimators = {
 
 def batch_values(critic, information, estimator, generator, batches):
     with torch.no_grad():
-        return torch.stack([estimator(critic(*pairs(information, B, generator))).mean() for _ in range(batches)])
+        return torch.stack(
+            [
+                estimator(critic(*pairs(information, B, generator))).mean()
+                for _ in range(batches)
+            ]
+        )
 
 
 def spread(*arguments):
@@ -198,7 +247,16 @@ def spread(*arguments):
 
 levels = [0.5, 1, 2, 3, 4, 5, 6, 7, 8]
 known = {
-    name: [spread(best_critic(level), level, estimator, seeded(), 100 if SIZE == "short" else 1000) for level in levels]
+    name: [
+        spread(
+            best_critic(level),
+            level,
+            estimator,
+            seeded(),
+            100 if SIZE == "short" else 1000,
+        )
+        for level in levels
+    ]
     for name, estimator in estimators.items()
 }
 print("information  " + "".join(f"{level:6.1f}" for level in levels))
@@ -206,10 +264,16 @@ for name, rows in known.items():
     print(f"{name:<13}" + "".join(f"{mean:6.2f}" for mean, _, _ in rows))
 # In few batches is there a pair off the diagonal that carries exp(8) = 2981 times its share.
 assert all(high <= math.log(B) + 1e-5 for _, _, high in known["InfoNCE"])
-high = (batch_values(best_critic(8), 8, estimators["NWJ"], seeded(3), 300) > 8).double().mean()
+high = (
+    (batch_values(best_critic(8), 8, estimators["NWJ"], seeded(3), 300) > 8)
+    .double()
+    .mean()
+)
 print(f"NWJ is without bias, and at 8 nats {high:.0%} of its batches are too high")
 assert high > 0.55  # 70 % in a long run; the standard error of 300 batches is 3 %
-assert known["MINE"][-1][2] - known["MINE"][-1][1] > 3 * (known["InfoNCE"][-1][2] - known["InfoNCE"][-1][1])
+assert known["MINE"][-1][2] - known["MINE"][-1][1] > 3 * (
+    known["InfoNCE"][-1][2] - known["InfoNCE"][-1][1]
+)
 
 
 # %% [markdown]
@@ -221,8 +285,12 @@ assert known["MINE"][-1][2] - known["MINE"][-1][1] > 3 * (known["InfoNCE"][-1][2
 class Critic(nn.Module):
     def __init__(self, dim, width=64, features=32):
         super().__init__()
-        self.f = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, features))
-        self.g = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, features))
+        self.f = nn.Sequential(
+            nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, features)
+        )
+        self.g = nn.Sequential(
+            nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, features)
+        )
 
     def forward(self, x, z):
         return self.f(x) @ self.g(z).T
@@ -231,7 +299,9 @@ class Critic(nn.Module):
 objectives = {**estimators, "JSD": lambda s: jsd_terms(s.diagonal(), apart(s))}
 
 
-def train(information, objective, steps=250 if SIZE == "short" else 3000, rate=5e-3):
+def train(
+    information, objective, steps=250 if SIZE == "short" else 3000, rate=5e-3
+):
     torch.manual_seed(SEED)
     critic, generator = Critic(d), seeded(1)
     optimizer = torch.optim.Adam(critic.parameters(), lr=rate)
@@ -250,7 +320,15 @@ learned = {name: [] for name in objectives}
 for level in trained_levels:
     for name, objective in objectives.items():
         critic = train(level, objective)
-        learned[name].append(spread(critic, level, estimators.get(name, estimators["NWJ"]), seeded(2), 100))
+        learned[name].append(
+            spread(
+                critic,
+                level,
+                estimators.get(name, estimators["NWJ"]),
+                seeded(2),
+                100,
+            )
+        )
 print("information  " + "".join(f"{level:6.1f}" for level in trained_levels))
 for name, rows in learned.items():
     print(f"{name:<13}" + "".join(f"{mean:6.2f}" for mean, _, _ in rows))
@@ -258,14 +336,20 @@ for name, rows in learned.items():
 assert all(abs(rows[0][0] - 1) < 0.15 for rows in learned.values())
 
 # %% tags=["nbval-check-output"]
-print("InfoNCE stays below log 64:", all(high < math.log(B) for _, _, high in learned["InfoNCE"]))
+print(
+    "InfoNCE stays below log 64:",
+    all(high < math.log(B) for _, _, high in learned["InfoNCE"]),
+)
 print("at 6 nats it must fall short by more than 1:", learned["InfoNCE"][-1][0] < 5)
 print(
-    "all rise with the information from 1 to 2.5 nats:", all(rows[1][0] > rows[0][0] + 0.5 for rows in learned.values())
+    "all rise with the information from 1 to 2.5 nats:",
+    all(rows[1][0] > rows[0][0] + 0.5 for rows in learned.values()),
 )
 
 # %% mystnb={"figure": {"name": "fig-mutual_information-estimators", "caption": "Estimates on batches of 64 against the truth, with the best critic (left) and with small trained ones (right). Bands and bars hold 80 % of the batches."}, "image": {"alt": "Two panels of estimated against true information with the diagonal and a horizontal line at log 64. Left, with the best critic: InfoNCE bends below the horizontal line with a thin band, MINE and NWJ follow the diagonal at first, with bands that widen quickly. Right, trained critics: all four are near the diagonal at one nat, and all fall short of it at six."}}
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+figure, axes = plt.subplots(
+    1, 2, figsize=(9, 3.8), sharey=True, layout="constrained"
+)
 for name, rows in known.items():
     mean, low, high = zip(*rows, strict=True)
     line = axes[0].plot(levels, mean, label=name)[0]
@@ -312,7 +396,9 @@ def log_ratio(x, z, negatives):
     pairs, others = products(x, z), products(x, negatives)
     features = torch.cat([pairs, others]).numpy()
     labels = torch.cat([torch.ones(len(x)), torch.zeros(len(x))]).numpy()
-    fit = LogisticRegression(C=1e12, solver="newton-cholesky", max_iter=200, tol=1e-8).fit(features, labels)
+    fit = LogisticRegression(
+        C=1e12, solver="newton-cholesky", max_iter=200, tol=1e-8
+    ).fit(features, labels)
     return torch.from_numpy(fit.decision_function(features)).split(len(x))
 
 
@@ -322,11 +408,19 @@ z = randn(n, 2, generator=generator)
 x = z + tau * randn(n, 2, generator=generator)
 negatives = permute_rows(z, generator=generator)
 scales = [0.1, 0.3, 1.0, 3.0, 10.0]
-measures = {"reconstruction bound": [], "Jensen–Shannon objective": [], "entropy by neighbours": []}
+measures = {
+    "reconstruction bound": [],
+    "Jensen–Shannon objective": [],
+    "entropy by neighbours": [],
+}
 for a in scales:
     fit = torch.linalg.lstsq(a * x, z).solution
-    measures["reconstruction bound"].append(float(reconstruction_terms(z, a * x @ fit).mean()))
-    measures["Jensen–Shannon objective"].append(float(jsd_terms(*log_ratio(a * x, z, negatives)).mean()))
+    measures["reconstruction bound"].append(
+        float(reconstruction_terms(z, a * x @ fit).mean())
+    )
+    measures["Jensen–Shannon objective"].append(
+        float(jsd_terms(*log_ratio(a * x, z, negatives)).mean())
+    )
     measures["entropy by neighbours"].append(float(knn_entropy(a * x, k=3)))
 for name, values in measures.items():
     print(f"{name:<26}" + "".join(f"{value:8.3f}" for value in values))
@@ -335,7 +429,10 @@ for name, values in measures.items():
 changes = {name: max(values) - min(values) for name, values in measures.items()}
 print("reconstruction changes:", changes["reconstruction bound"] > 1e-6)
 print("Jensen-Shannon changes:", changes["Jensen–Shannon objective"] > 1e-3)
-print("entropy rises by 2 log 100:", abs(changes["entropy by neighbours"] - 2 * math.log(100)) < 1e-6)
+print(
+    "entropy rises by 2 log 100:",
+    abs(changes["entropy by neighbours"] - 2 * math.log(100)) < 1e-6,
+)
 
 # %% mystnb={"figure": {"name": "fig-mutual_information-blind", "caption": "Three measures of the samples a(z + noise) in the plane, against the scale a."}, "image": {"alt": "Against a on a logarithmic axis, the entropy by neighbours is a rising straight line, the reconstruction bound and the Jensen-Shannon objective are horizontal lines."}}
 figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -358,8 +455,12 @@ legend = ax.legend()
 # %%
 def fit_scale(tau, bound, steps=1200):
     """Adam on a and e, on fresh batches of 256, the encoder ten times as fast; the path of a."""
-    a, e = (torch.tensor(1.0, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.Adam([{"params": [a], "lr": 2e-3}, {"params": [e], "lr": 2e-2}])
+    a, e = (
+        torch.tensor(1.0, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    optimizer = torch.optim.Adam(
+        [{"params": [a], "lr": 2e-3}, {"params": [e], "lr": 2e-2}]
+    )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
     generator, path = seeded(), []
     for _ in range(steps):
@@ -378,7 +479,10 @@ def fit_scale(tau, bound, steps=1200):
 tau = 0.5
 cases = {
     "no noise, weight 1": (fit_scale(0.0, False), 0.0),
-    "noise, weight 1": (fit_scale(tau, False), math.sqrt(tau * math.sqrt(2) - tau**2)),
+    "noise, weight 1": (
+        fit_scale(tau, False),
+        math.sqrt(tau * math.sqrt(2) - tau**2),
+    ),
     "noise, best sigma": (fit_scale(tau, True), math.sqrt(1 - tau**2)),
 }
 for name, (path, predicted) in cases.items():
@@ -407,7 +511,9 @@ for name, values in losses.items():
     axes[0].plot(a[values.argmin()], 0, "o", color=line.get_color(), clip_on=False)
     if name in cases:
         axes[1].plot(cases[name][0], color=line.get_color(), label=name)
-        axes[1].axhline(cases[name][1], color=line.get_color(), linestyle="--", linewidth=1)
+        axes[1].axhline(
+            cases[name][1], color=line.get_color(), linestyle="--", linewidth=1
+        )
 axes[0].set(ylim=(0, 1), xlabel="scale $a$", ylabel="loss above its least value")
 axes[1].set(ylim=(-0.05, 1.1), xlabel="step", ylabel="scale $a$")
 legends = [ax.legend(fontsize=8) for ax in axes]
@@ -424,17 +530,33 @@ legends = [ax.legend(fontsize=8) for ax in axes]
 n, tau = 20_000, 0.7
 for correlation in (0.0, 0.8):
     generator = seeded()
-    cov_z = torch.tensor([[1.0, correlation], [correlation, 1.0]], dtype=torch.float64)
+    cov_z = torch.tensor(
+        [[1.0, correlation], [correlation, 1.0]], dtype=torch.float64
+    )
     z = randn(n, 2, generator=generator) @ torch.linalg.cholesky(cov_z).T
     x = z + tau * randn(n, 2, generator=generator)
     noisy = cov_z + tau**2 * torch.eye(2, dtype=torch.float64)
-    true = float(gaussian_information(torch.cat([torch.cat([noisy, cov_z], 1), torch.cat([cov_z, cov_z], 1)]), 2))
+    true = float(
+        gaussian_information(
+            torch.cat([torch.cat([noisy, cov_z], 1), torch.cat([cov_z, cov_z], 1)]),
+            2,
+        )
+    )
     total_correlation = -0.5 * math.log(1 - correlation**2)
     rows = permute_rows(z, generator=generator)
-    shuffled = torch.cat([permute_rows(z[:, j : j + 1], generator=generator) for j in range(2)], 1)
-    by_rows, by_coordinates = (float(log_ratio(x, z, other)[0].mean()) for other in (rows, shuffled))
-    print(f"correlation {correlation}: rows {by_rows:.3f}, information {true:.3f};", end=" ")
-    print(f"coordinates {by_coordinates:.3f}, with total correlation {true + total_correlation:.3f}")
+    shuffled = torch.cat(
+        [permute_rows(z[:, j : j + 1], generator=generator) for j in range(2)], 1
+    )
+    by_rows, by_coordinates = (
+        float(log_ratio(x, z, other)[0].mean()) for other in (rows, shuffled)
+    )
+    print(
+        f"correlation {correlation}: rows {by_rows:.3f}, information {true:.3f};",
+        end=" ",
+    )
+    print(
+        f"coordinates {by_coordinates:.3f}, with total correlation {true + total_correlation:.3f}"
+    )
     # The standard error of a mean log ratio is below 0.01 here; the regression's is of the same size.
     assert abs(by_rows - true) < 0.05
     assert abs(by_coordinates - true - total_correlation) < 0.05

@@ -30,9 +30,22 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
     if Path("gae_core.zip").exists():
         sys.path.insert(0, "gae_core.zip")
     elif REPOSITORY:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"git+{REPOSITORY}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                f"git+{REPOSITORY}",
+            ],
+            check=True,
+        )
     else:
-        raise RuntimeError("This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it.")
+        raise RuntimeError(
+            "This copy names no repository: upload gae_core.zip, the folder gae_core zipped, beside it."
+        )
 
 # %%
 import os
@@ -46,7 +59,11 @@ from gae_core import data, metrics, nets, plots, train
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.vae import IWAE, VAE
-from gae_core.variational import active_units, encoder_information, importance_weighted_nll
+from gae_core.variational import (
+    active_units,
+    encoder_information,
+    importance_weighted_nll,
+)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
@@ -77,22 +94,37 @@ def both_gradients(sigma):
 
 def predicted(sigma):
     norm = a.square().sum()
-    score = norm**2 / (4 * sigma**2) + (d + 4) / 2 * norm + a[0] ** 2 + (d + 2) * (d + 4) / 4 * sigma**2
+    score = (
+        norm**2 / (4 * sigma**2)
+        + (d + 4) / 2 * norm
+        + a[0] ** 2
+        + (d + 2) * (d + 4) / 4 * sigma**2
+    )
     return score, sigma**2
 
 
 measured = [tuple(g.var() for g in both_gradients(sigma)) for sigma in sigmas]
 for sigma, (score, path) in zip(sigmas[::4], measured[::4], strict=True):
-    print(f"sigma {sigma:.3f}: variance of the score function {score:9.3f}, pathwise {path:7.4f}")
+    print(
+        f"sigma {sigma:.3f}: variance of the score function {score:9.3f}, pathwise {path:7.4f}"
+    )
 for sigma, found in zip(sigmas, measured, strict=True):
     for value, expected in zip(found, predicted(sigma), strict=True):
-        assert abs(value / expected - 1) < 0.1  # 200,000 draws; products of four normals have heavy tails
+        assert (
+            abs(value / expected - 1) < 0.1
+        )  # 200,000 draws; products of four normals have heavy tails
 
 # %% tags=["nbval-check-output"]
 means = [g.mean() for g in both_gradients(0.5)]
 print("both are right:", all(abs(m - a[0]) < 0.05 for m in means))
-print("pathwise is quieter at every sigma:", all(path < score for score, path in measured))
-print("the score function gets noisier as sigma goes to 0:", bool(measured[0][0] > measured[4][0]))
+print(
+    "pathwise is quieter at every sigma:",
+    all(path < score for score, path in measured),
+)
+print(
+    "the score function gets noisier as sigma goes to 0:",
+    bool(measured[0][0] > measured[4][0]),
+)
 
 # %% [markdown]
 # ## Step 2: train a VAE
@@ -109,16 +141,28 @@ EPOCHS = max(1, round(ROWS / len(images.x_train)))
 
 def pair(dim, heads=2, output=nn.Identity):
     torch.manual_seed(SEED)
-    encoder, decoder = nets.mlp_pair(images.shape, dim, hidden=(256, 128), heads=heads, output=output)
+    encoder, decoder = nets.mlp_pair(
+        images.shape, dim, hidden=(256, 128), heads=heads, output=output
+    )
     mean = data.to_unit(images.x_train).mean(0).clamp(0.001, 0.999)
-    decoder[0][-1].bias.data.copy_(mean.flatten().logit())  # the mean image as a start saves the first epoch
+    decoder[0][-1].bias.data.copy_(
+        mean.flatten().logit()
+    )  # the mean image as a start saves the first epoch
     return encoder, decoder
 
 
 def fit(model, rows=ROWS):
-    rate = dict(lr=2e-3, schedule=lambda t: 1 - 0.9 * t, seed=SEED, device=device, progress=False)
+    rate = dict(
+        lr=2e-3,
+        schedule=lambda t: 1 - 0.9 * t,
+        seed=SEED,
+        device=device,
+        progress=False,
+    )
     batch_size = 64 if SIZE == "short" else 128
-    train.fit(model, images.x_train[:rows], epochs=EPOCHS, batch_size=batch_size, **rate)
+    train.fit(
+        model, images.x_train[:rows], epochs=EPOCHS, batch_size=batch_size, **rate
+    )
     return model.cpu()
 
 
@@ -141,25 +185,33 @@ for beta in (1.0, 0.1, 0.0):
 vae = models[1.0]
 iwae = fit(IWAE(*pair(DIM), DIM, samples=5, binarise=True))
 plain = fit(Autoencoder(*pair(DIM, heads=1, output=nn.Sigmoid), DIM))
-print(f"five trainings of {len(vae.medians)} steps: {time.perf_counter() - start:.0f} s")
+print(
+    f"five trainings of {len(vae.medians)} steps: {time.perf_counter() - start:.0f} s"
+)
 
 # %% [markdown]
 # Test images are binarised once. The bound is below $\log p(x)$, and the importance-weighted estimate closes most of the gap.
 
 # %%
 grey = data.to_unit(images.x_test)
-binary = torch.bernoulli(grey[:: max(1, len(grey) // 300)], generator=torch.Generator().manual_seed(SEED))
+binary = torch.bernoulli(
+    grey[:: max(1, len(grey) // 300)], generator=torch.Generator().manual_seed(SEED)
+)
 mu, logvar = metrics.in_batches(vae.posterior, binary)
 generator = torch.Generator().manual_seed(SEED)
 negative_elbo = importance_weighted_nll(vae, binary, samples=1, generator=generator)
 nll = importance_weighted_nll(vae, binary, samples=200, generator=generator)
 split = encoder_information(mu, logvar, generator=generator)
-print(f"negative ELBO {negative_elbo.mean():.1f}, NLL with 200 samples {nll.mean():.1f} nats an image")
+print(
+    f"negative ELBO {negative_elbo.mean():.1f}, NLL with 200 samples {nll.mean():.1f} nats an image"
+)
 print(
     f"KL {split.kl:.1f} = information {split.mutual_information:.1f} (cap {split.cap:.1f}) + aggregate {split.kl_aggregate:.1f}"
 )
 print(f"active units: {active_units(mu)} of {DIM}")
-assert nll.mean() < negative_elbo.mean()  # a gap of nats; the standard error of the difference is a tenth of one
+assert (
+    nll.mean() < negative_elbo.mean()
+)  # a gap of nats; the standard error of the difference is a tenth of one
 
 # %% mystnb={"figure": {"name": "fig-vae-samples", "caption": "Held-out images, reconstructions, means of p(x | z) for z from N(0, I), and binary draws from the same."}, "image": {"alt": "Four grids of digits: held-out images, their smoother reconstructions, decoder means of codes from N(0, I), many of which are digits, and grainy binary draws from those."}}
 fake = vae.sample(36, generator=torch.Generator().manual_seed(SEED))
@@ -167,7 +219,9 @@ panels = {
     "held-out images": grey[:36],
     "reconstructions": metrics.in_batches(vae, grey[:36]),
     "means of p(x | z)": fake,
-    "draws from p(x | z)": torch.bernoulli(fake, generator=torch.Generator().manual_seed(SEED)),
+    "draws from p(x | z)": torch.bernoulli(
+        fake, generator=torch.Generator().manual_seed(SEED)
+    ),
 }
 figure = plots.image_panels(panels, columns=6, per_row=2, size=3)
 
@@ -191,24 +245,44 @@ for i in range(len(x)):
     (path,) = torch.autograd.grad(value.sum(), z)
     score, value = eps / sigma_x[i], value.detach()[:, None]
     others = (value.sum() - value) / (repeats - 1)
-    for name, g in zip(found, (value * score, (value - others) * score, path), strict=True):
+    for name, g in zip(
+        found, (value * score, (value - others) * score, path), strict=True
+    ):
         found[name].append(g)
 variances = {name: float(torch.stack(g).var(1).mean()) for name, g in found.items()}
 for name, value in variances.items():
-    print(f"{name:<16} {value:12.1f}: {value / variances['pathwise']:9.1f} times the pathwise")
+    print(
+        f"{name:<16} {value:12.1f}: {value / variances['pathwise']:9.1f} times the pathwise"
+    )
 
 # %% tags=["nbval-check-output"]
-print("even with a baseline it has three times the variance:", variances["with a baseline"] > 3 * variances["pathwise"])
-print("a baseline helps:", variances["with a baseline"] < 0.5 * variances["score function"])
+print(
+    "even with a baseline it has three times the variance:",
+    variances["with a baseline"] > 3 * variances["pathwise"],
+)
+print(
+    "a baseline helps:",
+    variances["with a baseline"] < 0.5 * variances["score function"],
+)
 
 # %% mystnb={"figure": {"name": "fig-vae-gradients", "caption": "Variance of the gradient from one draw. Left: a quadratic, theory (lines) and simulation (dots). Right: the trained VAE."}, "image": {"alt": "Left, two variances against sigma on logarithmic axes: that of the score function has a valley and rises as sigma goes to 0, the pathwise one falls to 0; dots lie on the lines. Right, three bars on a logarithmic axis for a VAE: score function, with a baseline, pathwise, each far lower than the one before."}}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 fine = torch.logspace(-1.5, 0.5, 100, dtype=torch.float64)
 for index, name in enumerate(("score function", "pathwise")):
     (line,) = axes[0].plot(fine, [predicted(s)[index] for s in fine], label=name)
-    axes[0].plot(sigmas, [m[index] for m in measured], "o", color=line.get_color(), markersize=4)
+    axes[0].plot(
+        sigmas,
+        [m[index] for m in measured],
+        "o",
+        color=line.get_color(),
+        markersize=4,
+    )
 axes[0].set(
-    xscale="log", yscale="log", xlabel=r"$\sigma$", title=f"quadratic, $d = {d}$", ylabel="variance of one draw"
+    xscale="log",
+    yscale="log",
+    xlabel=r"$\sigma$",
+    title=f"quadratic, $d = {d}$",
+    ylabel="variance of one draw",
 )
 axes[0].legend()
 bars = axes[1].bar(list(variances), list(variances.values()))
@@ -242,7 +316,10 @@ assert last[0.0] < 0.8 * last[0.1] < 0.8 * last[1.0]
 
 # %% tags=["nbval-check-output"]
 print("less divergence, less noise:", last[0.0] < last[0.1] < last[1.0])
-print("without it the noise ends far below where it began:", last[0.0] < 0.5 * models[0.0].medians[0])
+print(
+    "without it the noise ends far below where it began:",
+    last[0.0] < 0.5 * models[0.0].medians[0],
+)
 
 # %% [markdown]
 # ## Step 5: do autoencoders generalise?
@@ -254,13 +331,21 @@ errors = {}
 for name, model in {"plain autoencoder": plain, "VAE": vae}.items():
     parts = [x[:: max(1, len(x) // 5000)] for x in (images.x_train, images.x_test)]
     errors[name] = [float(metrics.squared_error(model, x).mean()) for x in parts]
-    print(f"{name:<18} training {errors[name][0]:6.2f}, held out {errors[name][1]:6.2f}")
+    print(
+        f"{name:<18} training {errors[name][0]:6.2f}, held out {errors[name][1]:6.2f}"
+    )
 
 # %% tags=["nbval-check-output"]
 # The small digits have 1,347 training images alone, which can be learnt by heart in part; MNIST has 60,000.
 ratio = {name: held_out / training for name, (training, held_out) in errors.items()}
-print("new images cost the plain autoencoder less than a third more:", ratio["plain autoencoder"] < 4 / 3)
-print("it reconstructs them better than the VAE does:", errors["plain autoencoder"][1] < errors["VAE"][1])
+print(
+    "new images cost the plain autoencoder less than a third more:",
+    ratio["plain autoencoder"] < 4 / 3,
+)
+print(
+    "it reconstructs them better than the VAE does:",
+    errors["plain autoencoder"][1] < errors["VAE"][1],
+)
 
 # %% [markdown]
 # ## Step 6: codes against $N(0, I)$
@@ -277,26 +362,43 @@ for beta, model in flat.items():
     eps = torch.randn(mu.shape, generator=torch.Generator().manual_seed(SEED))
     clouds[beta] = mu + (0.5 * logvar).exp() * eps
     part = slice(None, None, max(1, len(mu) // 2000))
-    table[beta] = encoder_information(mu[part], logvar[part], generator=torch.Generator().manual_seed(SEED))
+    table[beta] = encoder_information(
+        mu[part], logvar[part], generator=torch.Generator().manual_seed(SEED)
+    )
     moments = mu.mean(0).abs().max(), (mu.square() + logvar.exp()).mean(0)
     print(
         f"beta {beta:4g}: information {table[beta].mutual_information:5.2f}, KL of the aggregate {table[beta].kl_aggregate:8.2f},"
         f" |E mu| up to {moments[0]:.2f}, E mu^2 + E sigma^2 {moments[1].tolist()[0]:.2f} and {moments[1].tolist()[1]:.2f}"
     )
     # The split is exact: what is lost between the two sides is rounding.
-    assert abs(table[beta].kl - kl_to_standard_normal(mu[part], logvar[part]).mean()) < 1e-3 * table[beta].kl
+    assert (
+        abs(table[beta].kl - kl_to_standard_normal(mu[part], logvar[part]).mean())
+        < 1e-3 * table[beta].kl
+    )
 
 # %% tags=["nbval-check-output"]
 matches = [table[beta].kl_aggregate for beta in (0.0, 1.0, 4.0)]
-print("with the divergence a better match than without:", max(matches[1:]) < matches[0])
-print("the larger its weight, the less the code says:", table[4.0].mutual_information < table[1.0].mutual_information)
+print(
+    "with the divergence a better match than without:",
+    max(matches[1:]) < matches[0],
+)
+print(
+    "the larger its weight, the less the code says:",
+    table[4.0].mutual_information < table[1.0].mutual_information,
+)
 
 # %% mystnb={"figure": {"name": "fig-vae-aggregate", "caption": "Codes of held-out images, one draw each, coloured by class, for three weights of the divergence. The circle holds 99 % of N(0, I)."}, "image": {"alt": "Three scatter plots of two-dimensional codes coloured by class. For weight 0 they spread far outside the circle, for weight 1 they fill it with seams between the classes, for weight 4 they fill it evenly and the classes overlap more."}}
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 angle = torch.linspace(0, 6.2832, 100)
 for ax, (beta, z) in zip(axes, clouds.items(), strict=True):
     limit = 4.0 if beta else float(z.abs().quantile(0.98)) * 1.3
-    plots.draw_codes(ax, z[:3000], images.y_test[:3000], title=rf"$\beta = {beta:g}$", limit=limit)
+    plots.draw_codes(
+        ax,
+        z[:3000],
+        images.y_test[:3000],
+        title=rf"$\beta = {beta:g}$",
+        limit=limit,
+    )
     ax.plot(3.035 * angle.cos(), 3.035 * angle.sin(), color="black", linewidth=1)
 
 # %% [markdown]
@@ -316,10 +418,20 @@ for j in [*order[:3], order[-1]]:
     walk = codes[:1].repeat(11, 1)
     walk[:, j] = torch.linspace(-3, 3, 11)
     walks.append(walk)
-figure, axes = plt.subplots(2, 1, figsize=(7, 5), height_ratios=[3, 4], layout="constrained")
-plots.draw_images(axes[0], metrics.in_batches(vae.decode, torch.cat(lines)), columns=11, title="between two codes")
+figure, axes = plt.subplots(
+    2, 1, figsize=(7, 5), height_ratios=[3, 4], layout="constrained"
+)
 plots.draw_images(
-    axes[1], metrics.in_batches(vae.decode, torch.cat(walks)), columns=11, title="one coordinate at a time"
+    axes[0],
+    metrics.in_batches(vae.decode, torch.cat(lines)),
+    columns=11,
+    title="between two codes",
+)
+plots.draw_images(
+    axes[1],
+    metrics.in_batches(vae.decode, torch.cat(walks)),
+    columns=11,
+    title="one coordinate at a time",
 )
 
 # %% [markdown]
@@ -336,20 +448,38 @@ for name, model in {"VAE": vae, "IWAE, trained with k = 5": iwae}.items():
     generator = torch.Generator().manual_seed(SEED)
     eps = torch.randn(len(few), counts[-1], DIM, generator=generator)
     with torch.no_grad():
-        log_weights = torch.cat([model.log_weights(*rows) for rows in zip(few.split(20), eps.split(20), strict=True)])
+        log_weights = torch.cat(
+            [
+                model.log_weights(*rows)
+                for rows in zip(few.split(20), eps.split(20), strict=True)
+            ]
+        )
     log_weights = log_weights.double()
     # All disjoint groups of k of the same 200 draws, so that the curve has the noise of the draws once.
     groups = [log_weights.view(len(few), counts[-1] // k, k) for k in counts]
     curves[name] = [
-        float((torch.tensor(float(k)).log() - g.logsumexp(2)).mean()) for k, g in zip(counts, groups, strict=True)
+        float((torch.tensor(float(k)).log() - g.logsumexp(2)).mean())
+        for k, g in zip(counts, groups, strict=True)
     ]
     print(f"{name:<26}", " ".join(f"{v:6.1f}" for v in curves[name]))
     # Where a larger group is made of whole smaller ones, Jensen's inequality holds on the draws themselves.
-    for small, large in ((0, 1), (0, 2), (1, 3), (2, 3), (3, 4), (3, 5), (5, 6), (6, 7)):
+    for small, large in (
+        (0, 1),
+        (0, 2),
+        (1, 3),
+        (2, 3),
+        (3, 4),
+        (3, 5),
+        (5, 6),
+        (6, 7),
+    ):
         assert curves[name][large] <= curves[name][small]
 
 # %% tags=["nbval-check-output"]
-print("more samples never raise the negative bound:", all(c[-1] <= c[0] for c in curves.values()))
+print(
+    "more samples never raise the negative bound:",
+    all(c[-1] <= c[0] for c in curves.values()),
+)
 gaps = [c[0] - c[-1] for c in curves.values()]
 print("the IWAE's falls further:", gaps[1] > gaps[0])
 
