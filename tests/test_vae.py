@@ -554,6 +554,20 @@ def test_variances_of_the_two_gradients():
         assert sp.expand(variances[1] - claimed) == 0
 
 
+@pytest.mark.checks("eq-vae-baseline", how="symbolic")
+def test_variance_of_the_score_function_with_the_mean_as_a_baseline():
+    """Linear in d and finite for sigma to 0, where without the baseline it is quadratic and infinite."""
+    sigma = sp.symbols("sigma", positive=True)
+    for d in (1, 2, 4):
+        a, eps = sp.symbols(f"a0:{d}", real=True), sp.symbols(f"e0:{d}", real=True)
+        f = sum((ai + sigma * e) ** 2 for ai, e in zip(a, eps, strict=True)) / 2
+        score = sp.expand((f - gaussian_mean(f, eps)) * eps[0] / sigma)
+        assert sp.expand(gaussian_mean(score, eps) - a[0]) == 0  # unbiased
+        variance = gaussian_mean(score**2, eps) - a[0] ** 2
+        claimed = sum(ai**2 for ai in a) + a[0] ** 2 + sp.Rational(d + 4, 2) * sigma**2
+        assert sp.expand(variance - claimed) == 0
+
+
 def test_the_score_function_trains_where_the_source_says_that_there_is_no_gradient():
     """Sampled without a path, q has no gradient to give; the score function has, and descends to the optimum."""
     noise = seeded()
@@ -600,6 +614,64 @@ def test_what_noise_costs_a_linear_decoder():
     without = sum(v**2 for v in x - weight * sp.Matrix(mu) - b)
     noise = sum(sigma[j] ** 2 * sum(weight[i, j] ** 2 for i in range(3)) for j in range(2))
     assert sp.expand(gaussian_mean(error, eps) - without - noise) == 0
+
+
+@pytest.mark.checks("eq-vae-noise-hessian", how="symbolic")
+def test_what_little_noise_costs_a_curved_decoder():
+    """Of polynomials of two codes the mean is exact; its terms of second order are the claim, all four derivatives."""
+    z, eps = sp.symbols("z0:2", real=True), sp.symbols("e0:2", real=True)
+    sigma, scale = sp.symbols("s0:2", positive=True), sp.symbols("t", positive=True)
+    coefficients = iter(sp.symbols("c0:40", real=True))
+    g = sp.Matrix([sum(next(coefficients) * z[0] ** i * z[1] ** j for i in range(3) for j in range(3))] * 1)
+    g = g.col_join(sp.Matrix([sum(next(coefficients) * z[0] ** i * z[1] ** j for i in range(3) for j in range(3))]))
+    x = sp.Matrix(sp.symbols("x0:2", real=True))
+    mu = {z[0]: sp.Rational(1, 3), z[1]: sp.Rational(-2, 5)}
+    noisy = g.subs({zj: mu[zj] + scale * sj * ej for zj, sj, ej in zip(z, sigma, eps, strict=True)}, simultaneous=True)
+    error = sp.Poly(sp.expand(sum(v**2 for v in x - noisy)), scale)
+    second = gaussian_mean(error.coeff_monomial(scale**2), eps)
+    claimed = sum(
+        sj**2 * (g.diff(zj).dot(g.diff(zj)) - (x - g).dot(g.diff(zj, 2))) for zj, sj in zip(z, sigma, strict=True)
+    )
+    assert sp.expand(second - claimed.subs(mu)) == 0
+    assert gaussian_mean(error.coeff_monomial(scale), eps) == gaussian_mean(error.coeff_monomial(scale**3), eps) == 0
+    jacobian = sum(sj**2 * g.diff(zj).dot(g.diff(zj)) for zj, sj in zip(z, sigma, strict=True))
+    assert sp.expand(second - jacobian.subs(mu)) != 0, "its columns alone are not enough"
+
+
+def test_noise_may_lower_the_error_of_a_curved_decoder_and_cost_nothing_where_the_slope_is_one():
+    """The chapter's examples: g(z) = z² for x = 1 at mu = 0, and the circle for x = 0."""
+    s, eps, m = sp.symbols("s", positive=True), sp.symbols("epsilon", real=True), sp.symbols("m", real=True)
+    error = gaussian_mean((1 - (m + s * eps) ** 2) ** 2, [eps])
+    assert sp.expand(error.subs(m, 0) - (1 - 2 * s**2 + 3 * s**4)) == 0
+    assert error.subs({m: 0, s: sp.Rational(1, 2)}) < error.subs({m: 0, s: 0})
+    assert sp.diff(error, s).subs({m: 1, s: sp.Rational(1, 100)}) > 0  # the right place: noise costs
+    z = torch.randn(1000, generator=seeded())
+    circle = torch.stack([z.cos(), z.sin()], 1)
+    slope = torch.stack([-z.sin(), z.cos()], 1).norm(dim=1)
+    torch.testing.assert_close(circle.square().sum(1), torch.ones(1000))  # the error at every code, so at every sigma
+    torch.testing.assert_close(slope, torch.ones(1000))
+
+
+@pytest.mark.checks("eq-vae-noise-expanding", how="exact")
+@pytest.mark.parametrize("sigma", ["0.3", "2"])
+def test_a_decoder_that_keeps_codes_apart_pays_for_noise(sigma):
+    """g(z) = (2 z + sin z, z² / 4) moves codes apart at least as far as they are, L = 1; by quadrature."""
+    with mp.workdps(30):
+        sigma = mp.mpf(sigma)
+        rng = random.Random(3)
+        for _ in range(200):
+            a, b = mp.mpf(rng.uniform(-5, 5)), mp.mpf(rng.uniform(-5, 5))
+            assert mp.hypot(2 * (a - b) + mp.sin(a) - mp.sin(b), (a**2 - b**2) / 4) >= abs(a - b)
+        for x in ((0, 0), (3, -2)):
+            for mu in (mp.mpf(0), mp.mpf("1.7")):
+
+                def error(e, x=x, mu=mu):
+                    z = mu + sigma * e
+                    return ((x[0] - 2 * z - mp.sin(z)) ** 2 + (x[1] - z**2 / 4) ** 2) * mp.npdf(e)
+
+                assert mp.quad(error, mp.linspace(-14, 14, 15)) >= sigma**2
+        # Equality is reached: by the identity, for x = mu.
+        assert abs(mp.quad(lambda e: (sigma * e) ** 2 * mp.npdf(e), mp.linspace(-14, 14, 15)) - sigma**2) < 1e-25
 
 
 def test_one_datum_proves_nothing_about_the_noise():
@@ -701,6 +773,24 @@ def test_unused_codes_of_the_linear_model():
     assert sp.simplify(sp.expand_log(divergence - sp.log(lam / s2) / 2, force=True)) == 0
 
 
+def test_a_rotation_of_the_codes_keeps_the_likelihood_and_lowers_the_bound():
+    """Unless it mixes equal eigenvalues alone: a q with independent coordinates is then the posterior still."""
+    s2 = 0.5
+
+    def missed(eigenvalues, angle):
+        """KL of the best diagonal q from the posterior N(., P^-1): half of sum log P_jj - log det P."""
+        columns = torch.diag((torch.tensor(eigenvalues) - s2).clamp_min(0).sqrt())
+        turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        w = columns @ turn
+        torch.testing.assert_close(w @ w.T, columns @ columns)  # p(x) is the same
+        precision = torch.eye(2) + w.T @ w / s2
+        return float(0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)))
+
+    assert missed([4.0, 2.0], 0.5) > 0.03 and missed([4.0, 0.2], 0.5) > 0.1
+    for eigenvalues, angle in (([4.0, 2.0], 0.0), ([4.0, 2.0], math.pi / 2), ([3.0, 3.0], 0.5), ([0.3, 0.2], 0.5)):
+        assert missed(eigenvalues, angle) == pytest.approx(0, abs=1e-12)
+
+
 def test_a_linear_vae_switches_off_the_codes_that_it_does_not_need():
     """Five codes, two eigenvalues above the noise: three units go quiet, and the likelihood is that of two codes."""
     eigenvalues = torch.tensor([4.0, 2.0, 0.5, 0.5, 0.5, 0.5])
@@ -775,6 +865,26 @@ def test_the_bounds_rise_to_the_likelihood_with_a_gap_of_one_over_k(low, high, s
             errors.append(k * (truth - bound) - first)
         assert abs(errors[0]) < first / 20
         assert abs(errors[1] / errors[0] - mp.mpf(1) / 2) < 0.02, "what is left is of the next order"
+
+
+@pytest.mark.checks("eq-vae-iw-tail", how="exact")
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_the_lower_tail_of_a_mean_of_weights_is_exponential(k):
+    """Weights of two values, one of them rare and large, and exponential ones, whose sum has a gamma distribution."""
+    with mp.workdps(30):
+        for share in (mp.mpf("0.99"), mp.mpf("0.5")):  # of the weight 1/10; the mean is 1
+            high = (1 - share / 10) / (1 - share)
+            below = mp.fsum(
+                mp.binomial(k, j) * share**j * (1 - share) ** (k - j)
+                for j in range(k + 1)
+                if (mp.mpf(j) / 10 + (k - j) * high) < mp.mpf(k) / 2
+            )
+            assert below <= mp.exp(-k / (8 * (share / 100 + (1 - share) * high**2)))
+        assert mp.gammainc(k, 0, mp.mpf(k) / 2, regularized=True) <= mp.exp(-mp.mpf(k) / 16)  # E w² = 2
+        # The steps of the proof.
+        for u in mp.linspace(mp.mpf("0.001"), mp.mpf("0.5"), 200):
+            assert mp.log(u) ** 2 <= 1 / u
+            assert mp.exp(-4 * u) <= 1 - 4 * u + 8 * u**2
 
 
 def test_solutions_of_the_exercises():
@@ -1035,6 +1145,8 @@ def test_the_chapters_reading_of_the_recorded_runs():
     frechet = [m["Fréchet, N(0, I)"] for m in (two, ten, fifty)]
     assert frechet[0] > 2 * frechet[1] and frechet[1] < frechet[2] < 1.05 * frechet[1]
     assert two["KL of the aggregate"] < 0.5 and two["mutual information"] < two["cap of the information"] - 3
+    for model in (ten, fifty, vae, five, iwae):  # so that nothing is said of their mismatch
+        assert model["mutual information"] > model["cap of the information"] - 0.3
     many = read("vae_d200")[0]
     assert many["active units"] == 73 and many["NLL"] - fifty["NLL"] == pytest.approx(0.6, abs=0.15)
     assert many["KL"] < fifty["KL"] and many["negative ELBO"] - fifty["negative ELBO"] == pytest.approx(1.6, abs=0.2)
