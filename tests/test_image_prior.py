@@ -1,10 +1,8 @@
 """Image priors: early stopping, averages, the network and its records; maximal activation with and without log q(x)."""
 
-import contextlib
-import importlib.util
+import importlib.metadata
 import json
 import math
-import warnings
 from fractions import Fraction
 
 import mpmath as mp
@@ -15,7 +13,7 @@ import torch
 from helpers import assert_z
 from scipy import optimize
 
-from gae_core import records, train
+from gae_core import recording, records, train
 from gae_core.models.image_prior import Hourglass, ImagePrior, psnr
 from gae_core.sampling import mala
 from gae_core.studies import image_prior as study
@@ -54,6 +52,9 @@ def test_bad_shapes_and_numbers_are_named():
 
 
 def test_psnr_of_a_known_error():
+    assert psnr(torch.full((5,), 0.3), torch.full((5,), 0.3)) == math.inf
+    with pytest.raises(ValueError, match="floating point"):
+        psnr(torch.zeros(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
     assert psnr(torch.full((5,), 0.6), torch.full((5,), 0.5)) == pytest.approx(20, abs=1e-4)
 
 
@@ -325,10 +326,8 @@ def test_the_photographs_and_what_is_seen_of_them():
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_each_study_runs_short(name, monkeypatch):
     monkeypatch.setattr(study, "EVERY", 10)
-    monkeypatch.setattr(study, "tuned", lambda side: (0.8, 3, 6))
-    warned = importlib.util.find_spec("skimage") is None and "superresolution" not in name
-    with pytest.warns(UserWarning, match="scikit-image is not") if warned else contextlib.nullcontext():
-        outcome = study.STUDIES[name].run("flower", "short", 0, torch.device("cpu"))
+    monkeypatch.setattr(study, "tuned", lambda crop, side: (0.8, 3, 6))
+    outcome = study.STUDIES[name].run("flower", "short", 0, torch.device("cpu"))
     settings = study.STUDIES[name].settings("flower", "short")
     runs = 2 if "two" in name else 1
     assert outcome.samples == settings["epochs"] * runs and json.dumps(settings)
@@ -360,7 +359,7 @@ def test_the_networks_input_does_not_show_the_noise(monkeypatch):
     assert correlation(same) == pytest.approx(1, abs=1e-3)  # the trap
     assert abs(correlation(other)) < 4 / math.sqrt(noise.numel())
     seeds = []
-    monkeypatch.setattr(study, "tuned", lambda side: (0.8, 3, 6))
+    monkeypatch.setattr(study, "tuned", lambda crop, side: (0.8, 3, 6))
     for name in ("observe", "build"):
         made = getattr(study, name)
         monkeypatch.setattr(
@@ -369,22 +368,60 @@ def test_the_networks_input_does_not_show_the_noise(monkeypatch):
     fit = study.train.fit
     monkeypatch.setattr(study.train, "fit", lambda *args, seed, **kw: (seeds.append(seed), fit(*args, seed=seed, **kw)))
     for seed in (0, 1):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of scikit-image, where it is not installed
-            study.STUDIES["image_prior_two_runs"].run("flower", "short", seed, torch.device("cpu"))
+        study.STUDIES["image_prior_two_runs"].run("flower", "short", seed, torch.device("cpu"))
     assert len(seeds) == len(set(seeds)) == 10
 
 
-def test_a_record_without_scikit_image_says_so(monkeypatch):
-    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+def test_a_record_is_not_begun_without_scikit_image(monkeypatch, tmp_path):
+    """Else it would lack a row, after the training."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert study.STUDIES["image_prior_denoising"].settings("flower", "short")["scikit-image"].count(".") >= 1
+    monkeypatch.setattr(study.importlib.metadata, "version", missing)
+    monkeypatch.setattr(study.train, "fit", lambda *args, **options: pytest.fail("it was trained"))
+    for name in ("denoising", "two_runs", "inpainting"):
+        chosen = study.STUDIES[f"image_prior_{name}"]
+        with pytest.raises(ModuleNotFoundError, match="pip install scikit-image"):
+            recording.record(f"image_prior_{name}", chosen, topic="x", size="short", device="cpu", out=tmp_path)
+    assert "scikit-image" not in study.STUDIES["image_prior_superresolution"].settings("flower", "short")
     clean = study.photograph("flower", 16)
-    with pytest.warns(UserWarning, match="no method beside it"):
-        assert list(study.beside("denoising", clean, clean)) == ["noisy"]
-    assert set(study.beside("superresolution", clean[..., ::4, ::4], clean)) == {"bicubic", "blocks"}
+    beside = study.beside("superresolution", clean[..., ::4, ::4], clean, name="flower")
+    assert set(beside) == {"bicubic", "blocks"}
+
+
+@pytest.mark.parametrize("name", ["flower", "china"])
+@pytest.mark.parametrize("size", ["short", "medium", "full"])
+def test_non_local_means_are_tuned_on_another_crop_than_the_measured_one(monkeypatch, name, size):
+    side = study.SIDE[size]
+    clean = study.photograph(name, side)
+    seen, _ = study.observe("denoising", clean, seed=1)
+    looked_at, tried, used = [], [], []
+    photograph = study.photograph
+    monkeypatch.setattr(study, "photograph", lambda *args: (looked_at.append(args), photograph(*args))[1])
+
+    def stub(noisy, *setting):
+        (used if noisy is seen else tried).append((noisy, setting))
+        assert noisy is seen or not torch.equal(noisy, seen)
+        if setting == (0.7, 5, 11):  # the best of the grid on whatever it is tuned on
+            return photograph(*looked_at[-1]) if noisy is not seen else seen
+        return noisy
+
+    monkeypatch.setattr(study, "nonlocal_means", stub)
+    study.tuned.cache_clear()
+    try:
+        study.beside("denoising", seen, clean, name=name)
+    finally:
+        study.tuned.cache_clear()
+    ((crop, at),) = looked_at
+    assert crop != name and at == side and len(tried) == 42
+    (file, top, left), (other, above, aside) = study.CROPS[name], study.CROPS[crop]
+    assert file != other or abs(top - above) >= side or abs(left - aside) >= side, "no pixel in both"
+    assert [setting for _, setting in used] == [(0.7, 5, 11)]
 
 
 def test_non_local_means_denoises():
-    pytest.importorskip("skimage")
     clean = study.photograph("flower", 32)
     noisy, _ = study.observe("denoising", clean, seed=0)
     assert psnr(study.nonlocal_means(noisy, 0.8, 3, 6), clean) > psnr(noisy, clean) + 4

@@ -133,7 +133,16 @@ class ImagePrior(nn.Module):
 
 
 def psnr(image: Tensor, clean: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB for images in [0, 1]: -10 log10 of the mean squared error."""
+    """Peak signal-to-noise ratio in dB for images in [0, 1]: -10 log10 of the mean squared error; inf where it is 0.
+
+    Raises:
+        ValueError: if the images differ in shape, or one is not floating point: bytes are not in [0, 1].
+    """
     if image.shape != clean.shape:
         raise ValueError(f"image must have the shape of clean, {tuple(clean.shape)}, got {tuple(image.shape)}")
+    if not (image.is_floating_point() and clean.is_floating_point()):
+        raise ValueError(
+            f"image and clean must be floating point, in [0, 1], got {image.dtype} and {clean.dtype}; "
+            f"gae_core.data.to_unit makes bytes so"
+        )
     return float(-10 * (image - clean).square().mean().log10())

@@ -1,13 +1,12 @@
 """The deep image prior on a photograph: denoising, missing pixels, fewer pixels. Records ``image_prior_...``.
 
-The methods beside it are those of scikit-image, ``pip install -e ".[benchmarks]"``; without it a record lacks them.
+The methods beside it are those of scikit-image, which only these studies need: ``pip install scikit-image``.
 """
 
 import functools
-import importlib.util
+import importlib.metadata
 import itertools
 import time
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -22,7 +21,7 @@ from gae_core.records import Outcome, Study
 SIGMA = 25 / 255
 LR = 0.01
 # Top left corners of the crops of scikit-learn's photographs; settings are chosen on the second, figures come from the
-# first. At 128 pixels they do not overlap; larger crops are tuned on the third.
+# first. At 128 pixels they do not overlap; larger crops are tuned on the other photograph.
 CROPS = {"flower": ("flower.jpg", 150, 250), "tuning": ("flower.jpg", 280, 250), "china": ("china.jpg", 160, 330)}
 NETS = {  # channels of the input, widths, channels of the skips
     "short": (4, (8, 8), (4, 4)),
@@ -97,25 +96,55 @@ def nonlocal_means(noisy: Tensor, h: float, patch: int, distance: int) -> Tensor
     return torch.from_numpy(np.clip(found, 0, 1)).permute(2, 0, 1)[None].float()
 
 
+def tuning_crop(name: str, side: int) -> str:
+    """The crop on which a method's settings are chosen that is measured on the crop ``name``: never that one.
+
+    But for "tuning" itself, at up to 128 pixels, whose record is there to choose settings.
+    """
+    if side <= 128:
+        return "tuning"
+    return "flower" if name == "china" else "china"
+
+
 @functools.cache
-def tuned(side: int) -> tuple[float, int, int]:
-    """Strength, patch and distance of non-local means that are best on the other crop."""
-    clean = photograph("tuning" if side <= 128 else "china", side)
+def tuned(crop: str, side: int) -> tuple[float, int, int]:
+    """Strength, patch and distance of non-local means that are best on a crop."""
+    clean = photograph(crop, side)
     noisy, _ = observe("denoising", clean, seed=0)
     grid = itertools.product((0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (3, 5, 7), (6, 11))
     return max(grid, key=lambda setting: psnr(nonlocal_means(noisy, *setting), clean))
 
 
-def beside(task: str, seen: Tensor, clean: Tensor) -> dict[str, Tensor]:
-    """What a known method makes of the same observation, by its name; and what is seen, where that is an image."""
-    known = importlib.util.find_spec("skimage") is not None
-    if not known and task != "superresolution":
-        warnings.warn(f"scikit-image is not installed: the record of {task} has no method beside it", stacklevel=2)
+def scikit_image(task: str) -> str:
+    """The version of scikit-image where the method beside it is one of that, else "".
+
+    Raises:
+        ModuleNotFoundError: if scikit-image is needed and not installed.
+    """
+    if task == "superresolution":
+        return ""
+    try:
+        return importlib.metadata.version("scikit-image")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the record of {task} has a method of scikit-image beside the network's image, and scikit-image is not "
+            f"installed: pip install scikit-image"
+        ) from error
+
+
+def beside(task: str, seen: Tensor, clean: Tensor, *, name: str) -> dict[str, Tensor]:
+    """What a known method makes of the same observation, by its name; and what is seen, where that is an image.
+
+    Args:
+        task: see :func:`observe`.
+        seen: the observation.
+        clean: the image, of which the shape is used.
+        name: the crop that it is.
+    """
     if task == "denoising":
-        return {"noisy": seen} | ({"non-local means": nonlocal_means(seen, *tuned(clean.shape[-1]))} if known else {})
+        side = clean.shape[-1]
+        return {"noisy": seen, "non-local means": nonlocal_means(seen, *tuned(tuning_crop(name, side), side))}
     if task == "inpainting":
-        if not known:
-            return {}
         from skimage.restoration import inpaint_biharmonic
 
         hidden = (seen == 0).all(1)[0].numpy()  # a seen pixel of pure black is hardly to be had, and is no loss
@@ -156,7 +185,7 @@ def _run(task: str, nets: int, name: str, size: str, seed: int, device: torch.de
     if nets > 1:
         images = {f"average of run {k + 1}": found["average"] for k, found in enumerate(at_stop)}
         images["mean of the averages"] = torch.stack(list(images.values())).mean(0)
-    images |= beside(task, seen, clean)
+    images |= beside(task, seen, clean, name=name)
     found = {f"PSNR of {key}, dB": psnr(image, clean) for key, image in images.items()}
     if "average" in images and "noisy" in images and curves["PSNR of the output, dB"]:
         average = curves["PSNR of the average, dB"]
@@ -195,7 +224,7 @@ def _settings(task: str, nets: int, name: str, size: str) -> dict:
         "inputs": inputs,
         "widths": list(widths),
         "skips": list(skips),
-    }
+    } | ({"scikit-image": version} if (version := scikit_image(task)) else {})
 
 
 STUDIES = {
