@@ -192,14 +192,17 @@ class ModeQuality:
         modes: modes with at least one sample of high quality.
         high_quality: share of samples within 3 standard deviations of their nearest mode; for the mixture itself
             1 - exp(-4.5) = 0.989.
-        spread: root mean squared distance to the nearest mode a coordinate, in standard deviations; for the mixture
-            itself 1. Points on the modes have high quality and no spread.
+        spread: root mean squared distance to the nearest mode per coordinate, in standard deviations; for the mixture
+            itself 1. It is of all samples, so that those between modes decide it.
+        spread_within: the same of the samples of high quality alone; for the mixture itself 0.974. Points on the modes
+            have high quality and no spread. NaN if there is none.
         kl: KL divergence in nats of the modes' shares of all samples from equal shares, as in :class:`ModeCount`.
     """
 
     modes: int
     high_quality: float
     spread: float
+    spread_within: float
     kl: float
 
 
@@ -211,7 +214,7 @@ def mode_quality(x: Tensor, modes: Tensor, std: float) -> ModeQuality:
     Args:
         x: samples, (n, 2).
         modes: centres, (modes, 2).
-        std: standard deviation of each component a coordinate.
+        std: standard deviation of each component per coordinate.
 
     Raises:
         ValueError: for other shapes, or samples that are not finite.
@@ -226,6 +229,7 @@ def mode_quality(x: Tensor, modes: Tensor, std: float) -> ModeQuality:
         modes=len(nearest[high].unique()),
         high_quality=float(high.double().mean()),
         spread=float((distance.square().mean() / 2).sqrt() / std),
+        spread_within=float((distance[high].square().mean() / 2).sqrt() / std),
         kl=mode_count(nearest, torch.ones(len(modes))).kl,
     )
 

@@ -98,7 +98,11 @@ def record(
             "peak memory, MiB": max(total["peak memory, MiB"]),
             "peak memory of": "tensors on the device" if chosen.type == "cuda" else "the process since its start",
             "classifier": judge.about(data) if study.judged else {},
-            "metrics": {key: records.summary([run["metrics"][key] for run in found]) for key in found[0]["metrics"]},
+            "metrics": {  # that all seeds have: a spread of no samples is none
+                key: records.summary([run["metrics"][key] for run in found])
+                for key in found[0]["metrics"]
+                if all(key in run["metrics"] for run in found)
+            },
             "curves": {key: [run["curves"][key] for run in found] for key in found[0]["curves"]},
         },
     )

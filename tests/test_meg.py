@@ -485,12 +485,13 @@ def test_samples_come_from_the_generator_alone():
 
 
 BAD = {
-    "surrogate": (dict(surrogate="mine", statistics=nn.Identity()), "one of jsd, reconstruct, got 'mine'"),
+    "surrogate": (dict(surrogate="mine", statistics=nn.Identity()), "one of jsd, reconstruct, knn, got 'mine'"),
     "no statistics": (dict(), "statistics must be a module exactly"),
-    "statistics without use": (dict(surrogate=None, statistics=nn.Identity()), "exactly where there is a surrogate"),
+    "statistics without use": (dict(surrogate=None, statistics=nn.Identity()), "exactly where the surrogate has one"),
     "lam": (dict(surrogate=None, lam=-1.0), "lam must be at least 0"),
     "weight": (dict(surrogate=None, weight=0.0), "surrogate=None"),
     "sigma": (dict(surrogate=None, sigma=0.0), "sigma must be a positive"),
+    "noise": (dict(surrogate=None, noise=-0.1), "noise must be a number that is at least 0, got -0.1"),
     "steps": (dict(surrogate=None, energy_steps=0), "steps must be at least 1, got 0 of the energy"),
 }
 

@@ -3,7 +3,8 @@
 import functools
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -49,8 +50,16 @@ class Size:
         """What the training depends on."""
         return {**vars(self), "steps": list(self.steps), "betas": list(BETAS)}
 
-    def fit(self, model: nn.Module, x: Tensor, *, seed: int, device: torch.device) -> tuple[train.History, float, int]:
-        """Train by this recipe: history, seconds, rows seen."""
+    def fit(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        *,
+        seed: int,
+        device: torch.device,
+        callback: Callable[[nn.Module, int], None] | None = None,
+    ) -> tuple[train.History, float, int]:
+        """Train by this recipe, with a callback after each epoch: history, seconds, rows seen."""
         start = time.perf_counter()
         history = train.fit(
             model,
@@ -63,6 +72,7 @@ class Size:
             seed=seed,
             device=device,
             progress=False,
+            callback=callback,
         )
         seen = self.epochs * (len(x) // self.batch_size) * self.batch_size
         return history, time.perf_counter() - start, seen
@@ -88,14 +98,31 @@ TOY = {
 TOY_DIM = 2
 LAMS = (1e-2, 1e-3, 1e-4)  # beside the authors' 0.1
 AHEAD = {"energy_steps": 5, "generator_steps": 1}
+SIGMA = 0.05 / SCALE  # of the toy's modes
+NOISY = {"surrogate": "reconstruct", "sigma": None, "noise": SIGMA}  # no wider than the data: a perfect sampler has it
 TOY_MODELS: dict[str, tuple[str, dict]] = {
     "meg_toy": ("MEG, JSD surrogate", {"surrogate": "jsd"}),
+    "meg_toy_5_1": ("MEG, five steps of the energy for one of the generator", {"surrogate": "jsd", **AHEAD}),
+    **{
+        f"meg_toy_1_{n}": (f"MEG, steps of energy and generator 1 : {n}", {"surrogate": "jsd", "generator_steps": n})
+        for n in (1, 10)
+    },
+    "meg_toy_long": ("MEG, trained for longer", {"surrogate": "jsd"}),
     "meg_toy_reconstruct": ("MEG, reconstruct-z surrogate", {"surrogate": "reconstruct"}),
+    "meg_toy_source": ("MEG, reconstruct z with weight 1", {"surrogate": "reconstruct", "sigma": math.sqrt(0.5)}),
+    "meg_toy_noise": ("MEG, noise on the samples, reconstruct z with the best sigma", NOISY),
+    "meg_toy_knn": ("MEG, entropy of the samples by nearest neighbours", {"surrogate": "knn"}),
     "meg_toy_plain": ("the same GAN without the entropy", {"surrogate": None}),
     "meg_toy_plain_ahead": ("the same, the energy five steps ahead", {"surrogate": None, **AHEAD}),
     "meg_toy_wgan_gp": ("WGAN-GP", {"lam": 0.1}),
     **{f"meg_toy_{lam:g}": (f"MEG, JSD surrogate, lambda = {lam:g}", {"surrogate": "jsd", "lam": lam}) for lam in LAMS},
 }
+
+
+def toy_recipe(name: str, size: str) -> Size:
+    """How long a run of that name is; all have as many steps, shared out among the players, but for the long one."""
+    recipe = TOY[size]
+    return replace(recipe, epochs=recipe.epochs * 7 // 3) if name == "meg_toy_long" else recipe
 
 
 def scaled(toy: data.Toy, scale: float) -> data.Toy:
@@ -119,10 +146,15 @@ def build_toy(name: str, size: Size, seed: int) -> MEG:
         energy = judge_net(2, width, 1, size.features)
         if name == "meg_toy_wgan_gp":
             return WGANGP(generator, energy, TOY_DIM, **options)
-        inputs, outputs = {"jsd": (2 + TOY_DIM, 1), "reconstruct": (2, TOY_DIM)}.get(options["surrogate"], (0, 0))
         steps = dict(zip(("energy_steps", "generator_steps"), size.steps, strict=True))
-        statistics = judge_net(inputs, width, outputs, size.features) if inputs else None
+        statistics = toy_statistics(options["surrogate"], size)
         return MEG(generator, energy, TOY_DIM, statistics=statistics, **{**steps, **options})
+
+
+def toy_statistics(surrogate: str | None, size: Size) -> nn.Module | None:
+    """The network of a surrogate for the plane, None where it has none."""
+    inputs, outputs = {"jsd": (2 + TOY_DIM, 1), "reconstruct": (2, TOY_DIM)}.get(surrogate, (0, 0))
+    return judge_net(inputs, size.width, outputs, size.features) if inputs else None
 
 
 def grid_of(toy: data.Toy, cells: int = 600) -> tuple[Tensor, float]:
@@ -144,6 +176,36 @@ def toy_density(model: MEG, toy: data.Toy, cells: int = 600) -> tuple[float, Ten
     return float((log_p.exp() * area * (log_p - log_q)).sum()), log_q.exp().reshape(cells, cells)
 
 
+def measure_samples(x: Tensor, toy: data.Toy) -> dict[str, float]:
+    """How samples (n, 2) lie about the modes; the spread within 3σ is there if one lies within."""
+    found = metrics.mode_quality(x, toy.modes, toy.std)
+    measured = {
+        "modes of 25": found.modes,
+        "high quality, %": 100 * found.high_quality,
+        "spread, σ": found.spread,
+        "KL of mode shares": found.kl,
+    }
+    return measured | ({"spread within 3σ, σ": found.spread_within} if found.modes else {})
+
+
+def measure_energy(model: MEG, toy: data.Toy, cells: int = 300) -> dict[str, float]:
+    """How the density exp(-U) / Z lies about the modes, and its divergence from the truth, by sums over the grid."""
+    kl, density = toy_density(model, toy, cells)
+    points, area = grid_of(toy, cells)
+    mass = density.flatten() * area
+    distance = torch.cat([torch.cdist(rows, toy.modes.double()).amin(1) for rows in points.split(50_000)])
+    return {
+        "KL(data | energy)": kl,
+        "energy: high quality, %": 100 * float(mass[distance < 3 * toy.std].sum()),
+        "energy: spread, σ": float((mass @ distance.square() / 2).sqrt() / toy.std),
+    }
+
+
+def slope_of(model: MEG, x: Tensor) -> float:
+    """Mean squared slope of the energy at the data x (n, 2)."""
+    return float(gradient_penalty_r1(model.energy_of, x).detach().mean())
+
+
 def draw_toy(model: MEG, toy: data.Toy, x: Tensor) -> Figure:
     """Samples, and the density of the learned energy."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
@@ -158,39 +220,268 @@ def draw_toy(model: MEG, toy: data.Toy, x: Tensor) -> Figure:
     return figure
 
 
+class Course:
+    """A callback of the training that measures samples and energy some ten times, with noise of its own.
+
+    Attributes:
+        curves: name -> values so far, "epoch" among them.
+    """
+
+    def __init__(self, toy: data.Toy, x: Tensor, epochs: int, *, seed: int, energy: bool) -> None:
+        self.toy, self.x, self.every, self.seed, self.energy = toy, x, max(1, epochs // 10), seed, energy
+        self.curves: dict[str, list[float]] = {}
+
+    def __call__(self, model: MEG, epoch: int) -> None:
+        if epoch % self.every:
+            return
+        sample = model.sample(2500, generator=torch.Generator().manual_seed(self.seed)).cpu()
+        measured = {"epoch": epoch, **measure_samples(sample, self.toy)}
+        measured.pop("spread within 3σ, σ", None)  # which is not always there
+        if self.energy:
+            device = next(model.parameters()).device
+            measured |= measure_energy(model, self.toy)
+            measured["slope² at data"] = slope_of(model, self.x.to(device))
+        for name, value in measured.items():
+            self.curves.setdefault(name, []).append(value)
+
+
 def run_toy(name: str, _data: str, size: str, seed: int, device: torch.device) -> Outcome:
     """Train and measure one model on the toy."""
-    recipe, toy = TOY[size], scaled(data.toy("twenty_five_gaussians"), SCALE)
+    recipe, toy = toy_recipe(name, size), scaled(data.toy("twenty_five_gaussians"), SCALE)
     generator = torch.Generator().manual_seed(seed)
     x, model = toy.sample(recipe.rows, generator), build_toy(name, recipe, seed)
-    history, seconds, seen = recipe.fit(model, x, seed=seed, device=device)
+    energy = name != "meg_toy_wgan_gp"  # whose critic is none
+    course = Course(toy, x[:2500], recipe.epochs, seed=seed, energy=energy)
+    history, seconds, seen = recipe.fit(model, x, seed=seed, device=device, callback=course)
     sample = model.sample(2500, generator=generator).cpu()
-    quality = metrics.mode_quality(sample, toy.modes, toy.std)
-    measured = {
-        "modes of 25": quality.modes,
-        "high quality, %": 100 * quality.high_quality,
-        "spread, σ": quality.spread,
-        "KL of mode shares": quality.kl,
-    }
-    if name != "meg_toy_wgan_gp":  # whose critic is no energy
-        measured["KL(data | energy)"], _ = toy_density(model, toy)
+    measured = measure_samples(sample, toy)
+    if energy:
+        measured |= measure_energy(model, toy)
         measured["slope² at data"] = float(history["energy penalty"][-100:].mean())
     if model.surrogate is not None:
         measured["information"] = float(history["generator information"][-100:].mean())
     parameters = sum(p.numel() for p in model.parameters())
-    return Outcome(measured, parameters, seconds, seen, figure=draw_toy(model, toy, sample))
+    return Outcome(measured, parameters, seconds, seen, curves=course.curves, figure=draw_toy(model, toy, sample))
 
 
 def toy_settings(name: str, _data: str, size: str) -> dict:
     """Settings of a run on the toy."""
-    recipe = TOY[size]
+    recipe = toy_recipe(name, size)
     model = build_toy(name, recipe, 0)
     return recipe.settings() | {
         "lam": model.lam,
         "surrogate": model.surrogate,
         "weight": model.weight,
         "sigma": model.sigma,
+        "noise": model.noise,
         "steps": [model.energy_steps, model.generator_steps],
+        "dim": TOY_DIM,
+        "scale": SCALE,
+    }
+
+
+@dataclass(frozen=True)
+class LikelihoodLoss:
+    """Terms of the loss, each of shape (batch,).
+
+    Attributes:
+        total: energy + log_z + lam * penalty, what is minimised.
+        energy: of data.
+        log_z: logarithm of the normaliser, the same for all rows.
+        penalty: squared slope of the energy at each datum.
+    """
+
+    total: Tensor
+    energy: Tensor
+    log_z: Tensor
+    penalty: Tensor
+
+
+class Likelihood(nn.Module):
+    """An energy trained by its likelihood with the penalty: the game's energy, had it a perfect generator.
+
+    The normaliser over the square is estimated in each step by importance sampling, half of the points uniform on the
+    square and half around the modes, which in practice nobody knows. This is a yardstick, no method.
+
+    Args:
+        energy: module (batch, 2) -> (batch, 1).
+        toy: the data's distribution.
+        lam: weight of the penalty.
+        points: how many.
+    """
+
+    def __init__(self, energy: nn.Module, toy: data.Toy, *, lam: float, points: int = 1024) -> None:
+        super().__init__()
+        self.energy, self.toy, self.lam, self.points = energy, toy, lam, points
+        self.half, self.wide = 1.5 * float(toy.modes.abs().max()), 3 * toy.std
+
+    def energy_of(self, x: Tensor) -> Tensor:
+        """Energies in nats, (batch,)."""
+        return self.energy(x)[:, 0]
+
+    def log_z(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Estimate of the logarithm of the normaliser, a number; that of the normaliser has no bias."""
+        half, wide, modes, n = self.half, self.wide, self.toy.modes, self.points // 2
+        square = (2 * torch.rand(n, 2, generator=generator) - 1) * half
+        near = modes[torch.randint(len(modes), (n,), generator=generator)]
+        near = near + wide * torch.randn(n, 2, generator=generator)
+        x = torch.cat([square, near[(near.abs() < half).all(1)]])  # what lies outside of the square counts as nothing
+        around = (-torch.cdist(x, modes).square() / (2 * wide**2)).exp().mean(1) / (2 * math.pi * wide**2)
+        log_q = (0.5 / (2 * half) ** 2 + 0.5 * around).log()
+        return (-self.energy_of(x) - log_q).logsumexp(0) - math.log(2 * n)
+
+    def loss(self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> LikelihoodLoss:
+        """Minus the log-likelihood of a batch x (batch, 2) with the penalty."""
+        energy, penalty = self.energy_of(x), gradient_penalty_r1(self.energy_of, x)
+        log_z = self.log_z(generator=generator).expand(len(x))
+        return LikelihoodLoss(energy + log_z + self.lam * penalty, energy, log_z, penalty)
+
+    @torch.no_grad()
+    def sample(self, n: int, y: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n points of the density, by the cells of the grid; ``y`` is not used."""
+        points, area = grid_of(self.toy)
+        log_q = -metrics.in_batches(self.energy_of, points.float(), batch_size=20_000).double()
+        x = points[torch.multinomial(log_q.softmax(0), n, replacement=True, generator=generator)]
+        return (x + (torch.rand(x.shape, generator=generator) - 0.5) * math.sqrt(area)).float()
+
+
+def likelihood_recipe(size: str) -> Size:
+    """Half of the game's steps, all of them of the energy."""
+    return replace(TOY[size], epochs=max(1, TOY[size].epochs // 2), steps=(1, 0))
+
+
+def build_likelihood(size: Size, seed: int) -> Likelihood:
+    """The energy of :func:`build_toy` with the same first weights, to be trained by likelihood."""
+    return Likelihood(
+        build_toy("meg_toy", size, seed).energy, scaled(data.toy("twenty_five_gaussians"), SCALE), lam=0.1
+    )
+
+
+def run_likelihood(_data: str, size: str, seed: int, device: torch.device) -> Outcome:
+    """Train the energy of the toy by likelihood on the CPU, and measure it as the game's, its draws as samples."""
+    recipe, model = likelihood_recipe(size), build_likelihood(TOY[size], seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = model.toy.sample(recipe.rows, generator)
+    course = Course(model.toy, x[:2500], recipe.epochs, seed=seed, energy=True)
+    history, seconds, seen = recipe.fit(model, x, seed=seed, device=torch.device("cpu"), callback=course)
+    sample = model.sample(2500, generator=generator)
+    measured = measure_samples(sample, model.toy) | measure_energy(model, model.toy)
+    measured["slope² at data"] = float(history["penalty"][-100:].mean())
+    parameters = sum(p.numel() for p in model.parameters())
+    return Outcome(measured, parameters, seconds, seen, curves=course.curves, figure=draw_toy(model, model.toy, sample))
+
+
+def likelihood_settings(_data: str, size: str) -> dict:
+    """Settings of the run by likelihood."""
+    model = build_likelihood(TOY[size], 0)
+    return likelihood_recipe(size).settings() | {"lam": model.lam, "points": model.points, "scale": SCALE}
+
+
+class Flat(nn.Module):
+    """The energy that knows nothing."""
+
+    def energy_of(self, x: Tensor) -> Tensor:
+        """0 everywhere, (batch,)."""
+        return x.new_zeros(len(x))
+
+
+def run_flat(_data: str, _size: str, seed: int, _device: torch.device) -> Outcome:
+    """What stands at the bottom of the table: the flat density on the square, and samples of it."""
+    toy = scaled(data.toy("twenty_five_gaussians"), SCALE)
+    half = 1.5 * float(toy.modes.abs().max())
+    sample = (2 * torch.rand(2500, 2, generator=torch.Generator().manual_seed(seed)) - 1) * half
+    measured = measure_samples(sample, toy) | measure_energy(Flat(), toy) | {"slope² at data": 0.0}
+    return Outcome(measured, 0, 0.0, 0)
+
+
+# The surrogates alone: a generator against an energy that stands still and whose density is known.
+
+
+class Wells(nn.Module):
+    """Minus the logarithm of a mixture of equal round Gaussians: an energy with Z = 1."""
+
+    def __init__(self, modes: Tensor, std: float) -> None:
+        super().__init__()
+        self.register_buffer("modes", modes)
+        self.std = std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Energies in nats, (batch, 1)."""
+        exponent = -torch.cdist(x, self.modes, compute_mode="donot_use_mm_for_euclid_dist").square() / 2 / self.std**2
+        return (math.log(2 * math.pi * self.std**2 * len(self.modes)) - exponent.logsumexp(1))[:, None]
+
+
+class Alone(MEG):
+    """A MEG whose energy stands still."""
+
+    @property
+    def players(self) -> dict:
+        """The generator's, with the statistics."""
+        return {"generator": (super().players["generator"][0], 1)}
+
+
+FIXED: dict[str, tuple[str, dict]] = {
+    "meg_fixed_jsd": ("the JSD surrogate", {"surrogate": "jsd"}),
+    "meg_fixed_noise": ("noise on the samples, reconstruct z with the best sigma", NOISY),
+    "meg_fixed_knn": ("entropy by nearest neighbours", {"surrogate": "knn"}),
+}
+
+
+def build_fixed(name: str, size: Size, seed: int) -> Alone:
+    """A generator against 25 wells as wide as the optimum under the paper's penalty."""
+    toy, options = scaled(data.toy("twenty_five_gaussians"), SCALE), FIXED[name][1]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        generator = nets.mlp([TOY_DIM, size.width, size.width, size.width, 2])
+        statistics = toy_statistics(options["surrogate"], size)
+    energy = Wells(toy.modes, penalised_optimum(0.1, toy.std).spread * toy.std)
+    return Alone(generator, energy, TOY_DIM, statistics=statistics, **options)
+
+
+def divergence_of(x: Tensor, energy: nn.Module, modes: Tensor) -> dict[str, float]:
+    """KL(samples | exp(-U)) in nats for an energy with Z = 1, the samples' entropy by nearest neighbours.
+
+    The part of the shares is that of which modes the samples are at. What is left is how they lie within.
+    """
+    kl = float(energy(x).double().mean() - knn_entropy(x.double(), 3))
+    shares = metrics.mode_count(torch.cdist(x, modes).argmin(1), torch.ones(len(modes))).kl
+    return {"KL(samples | energy)": kl, "KL of mode shares": shares, "KL within modes": kl - shares}
+
+
+@torch.no_grad()
+def measure_fixed(model: Alone, *, n: int, generator: torch.Generator) -> dict[str, float]:
+    """Samples of a generator against those that the energy itself would have."""
+    x, wells = model.sample(n, generator=generator), model.energy
+    quality = metrics.mode_quality(x, wells.modes, wells.std)
+    return {"modes of 25": quality.modes, **divergence_of(x, wells, wells.modes)}
+
+
+def run_fixed(name: str, _data: str, size: str, seed: int, _device: torch.device) -> Outcome:
+    """Train a generator alone, on the CPU, and measure its divergence from the energy's density."""
+    recipe = fixed_recipe(size)
+    model, generator = build_fixed(name, recipe, seed), torch.Generator().manual_seed(seed)
+    history, seconds, seen = recipe.fit(
+        model, torch.zeros(recipe.rows, 2), seed=seed, device=torch.device("cpu")
+    )  # of which the generator takes the number of rows
+    measured = measure_fixed(model, n=100 if size == "short" else 10_000, generator=generator)
+    measured["information"] = float(history["generator information"][-100:].mean())
+    return Outcome(measured, sum(p.numel() for p in model.parameters()), seconds, seen)
+
+
+def fixed_recipe(size: str) -> Size:
+    """A third of the game's epochs, all of them the generator's."""
+    return replace(TOY[size], epochs=max(1, TOY[size].epochs // 3), steps=(0, 1))
+
+
+def fixed_settings(name: str, _data: str, size: str) -> dict:
+    """Settings of a run against an energy that stands still."""
+    recipe = fixed_recipe(size)
+    model = build_fixed(name, recipe, 0)
+    return recipe.settings() | {
+        "surrogate": model.surrogate,
+        "sigma": model.sigma,
+        "noise": model.noise,
+        "width of the wells": model.energy.std,
         "dim": TOY_DIM,
         "scale": SCALE,
     }
@@ -275,7 +566,8 @@ class Optimum:
 
     Attributes:
         high_quality: share of the model's mass within 3 standard deviations of the data.
-        spread: its standard deviation a coordinate, in those of the data.
+        spread: its standard deviation per coordinate, in those of the data.
+        spread_within: root mean square per coordinate of the part within 3 standard deviations of the data.
         kl: KL(data | model) in nats.
         slope: mean squared slope of the energy at the data.
         radius: midpoints of the grid, (cells,).
@@ -284,6 +576,7 @@ class Optimum:
 
     high_quality: float
     spread: float
+    spread_within: float
     kl: float
     slope: float
     radius: Tensor
@@ -344,6 +637,7 @@ def penalised_optimum(lam: float, std: float, *, reach: float = 20.0, cells: int
     return Optimum(
         high_quality=float(q[r < 3].sum()),
         spread=float((q @ r**2 / 2).sqrt()),
+        spread_within=float((q[r < 3] @ r[r < 3] ** 2 / q[r < 3].sum() / 2).sqrt()),
         kl=float(p @ (p / q).log()),
         slope=float(0.5 * u @ force(u) / lam) / std**2 if lam else 2 / std**2,
         radius=r * std,
@@ -361,7 +655,10 @@ def run_optimum(lam: float, _data: str, _size: str, _seed: int, _device: torch.d
         "high quality, %": 100 * best.high_quality,
         "spread, σ": best.spread,
         "KL of mode shares": 0.0,
+        "spread within 3σ, σ": best.spread_within,
         "KL(data | energy)": best.kl,
+        "energy: high quality, %": 100 * best.high_quality,
+        "energy: spread, σ": best.spread,
         "slope² at data": best.slope,
     }
     return Outcome(measured, len(best.radius), time.perf_counter() - start, 0)
@@ -501,6 +798,24 @@ STUDIES: dict[str, Study] = {
             functools.partial(run_toy, name),
         )
         for name, (about, _) in TOY_MODELS.items()
+    },
+    "meg_toy_likelihood": Study(
+        "25 Gaussians: the energy alone, trained by likelihood with the penalty",
+        ("plane",),
+        likelihood_settings,
+        run_likelihood,
+    ),
+    "meg_toy_flat": Study(
+        "25 Gaussians: a flat density", ("plane",), lambda _data, _size: {"epochs": 0, "scale": SCALE}, run_flat
+    ),
+    **{
+        name: Study(
+            f"25 wells that stand still: {about}",
+            ("plane",),
+            functools.partial(fixed_settings, name),
+            functools.partial(run_fixed, name),
+        )
+        for name, (about, _) in FIXED.items()
     },
     **{
         f"meg_mcmc_{term}": Study(
