@@ -345,9 +345,22 @@ class Likelihood(nn.Module):
         return (x + (torch.rand(x.shape, generator=generator) - 0.5) * math.sqrt(area)).float()
 
 
-def likelihood_recipe(size: str) -> Size:
-    """Half of the game's steps, all of them of the energy."""
-    return replace(TOY[size], epochs=max(1, TOY[size].epochs // 2), steps=(1, 0))
+LIKELIHOODS: dict[str, tuple[str, Callable[[Size], dict]]] = {
+    "meg_toy_likelihood": (
+        "at three times the rate, with half of the game's steps",
+        lambda size: {"epochs": size.epochs // 2, "lr": 3 * size.lr},
+    ),
+    "meg_toy_likelihood_brief": (
+        "with the steps that the energy has in the game, a sixth of all",
+        lambda size: {"epochs": size.epochs // 6},
+    ),
+}
+
+
+def likelihood_recipe(name: str, size: str) -> Size:
+    """How long a run of that name is; all steps are of the energy."""
+    changed = LIKELIHOODS[name][1](TOY[size])
+    return replace(TOY[size], **(changed | {"epochs": max(1, changed["epochs"])}))
 
 
 def build_likelihood(size: Size, seed: int) -> Likelihood:
@@ -357,9 +370,10 @@ def build_likelihood(size: Size, seed: int) -> Likelihood:
     )
 
 
-def run_likelihood(_data: str, size: str, seed: int, device: torch.device) -> Outcome:
+def run_likelihood(name: str, _data: str, size: str, seed: int, _device: torch.device) -> Outcome:
     """Train the energy of the toy by likelihood on the CPU, and measure it as the game's, its draws as samples."""
-    recipe, model = likelihood_recipe(size), build_likelihood(TOY[size], seed)
+    recipe = likelihood_recipe(name, size)
+    model = build_likelihood(recipe, seed)
     generator = torch.Generator().manual_seed(seed)
     x = model.toy.sample(recipe.rows, generator)
     course = Course(model.toy, x[:2500], recipe.epochs, seed=seed, energy=True)
@@ -371,10 +385,11 @@ def run_likelihood(_data: str, size: str, seed: int, device: torch.device) -> Ou
     return Outcome(measured, parameters, seconds, seen, curves=course.curves, figure=draw_toy(model, model.toy, sample))
 
 
-def likelihood_settings(_data: str, size: str) -> dict:
-    """Settings of the run by likelihood."""
-    model = build_likelihood(TOY[size], 0)
-    return likelihood_recipe(size).settings() | {"lam": model.lam, "points": model.points, "scale": SCALE}
+def likelihood_settings(name: str, _data: str, size: str) -> dict:
+    """Settings of a run by likelihood."""
+    recipe = likelihood_recipe(name, size)
+    model = build_likelihood(recipe, 0)
+    return recipe.settings() | {"steps": [1, 0], "lam": model.lam, "points": model.points, "scale": SCALE}
 
 
 class Flat(nn.Module):
@@ -387,11 +402,11 @@ class Flat(nn.Module):
 
 def run_flat(_data: str, _size: str, seed: int, _device: torch.device) -> Outcome:
     """What stands at the bottom of the table: the flat density on the square, and samples of it."""
-    toy = scaled(data.toy("twenty_five_gaussians"), SCALE)
+    start, toy = time.perf_counter(), scaled(data.toy("twenty_five_gaussians"), SCALE)
     half = 1.5 * float(toy.modes.abs().max())
     sample = (2 * torch.rand(2500, 2, generator=torch.Generator().manual_seed(seed)) - 1) * half
     measured = measure_samples(sample, toy) | measure_energy(Flat(), toy) | {"slope² at data": 0.0}
-    return Outcome(measured, 0, 0.0, 0)
+    return Outcome(measured, 0, time.perf_counter() - start, 0)
 
 
 # The surrogates alone: a generator against an energy that stands still and whose density is known.
@@ -470,7 +485,7 @@ def run_fixed(name: str, _data: str, size: str, seed: int, _device: torch.device
 
 def fixed_recipe(size: str) -> Size:
     """A third of the game's epochs, all of them the generator's."""
-    return replace(TOY[size], epochs=max(1, TOY[size].epochs // 3), steps=(0, 1))
+    return replace(TOY[size], epochs=max(1, TOY[size].epochs // 3))
 
 
 def fixed_settings(name: str, _data: str, size: str) -> dict:
@@ -478,6 +493,7 @@ def fixed_settings(name: str, _data: str, size: str) -> dict:
     recipe = fixed_recipe(size)
     model = build_fixed(name, recipe, 0)
     return recipe.settings() | {
+        "steps": [0, 1],
         "surrogate": model.surrogate,
         "sigma": model.sigma,
         "noise": model.noise,
@@ -799,12 +815,15 @@ STUDIES: dict[str, Study] = {
         )
         for name, (about, _) in TOY_MODELS.items()
     },
-    "meg_toy_likelihood": Study(
-        "25 Gaussians: the energy alone, trained by likelihood with the penalty",
-        ("plane",),
-        likelihood_settings,
-        run_likelihood,
-    ),
+    **{
+        name: Study(
+            f"25 Gaussians: the energy alone, trained by likelihood with the penalty, {about}",
+            ("plane",),
+            functools.partial(likelihood_settings, name),
+            functools.partial(run_likelihood, name),
+        )
+        for name, (about, _) in LIKELIHOODS.items()
+    },
     "meg_toy_flat": Study(
         "25 Gaussians: a flat density", ("plane",), lambda _data, _size: {"epochs": 0, "scale": SCALE}, run_flat
     ),
