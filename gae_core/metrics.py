@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gae_core.data import to_unit
+from gae_core.models.autoencoder import squared_distance
 
 
 @torch.no_grad()
@@ -40,8 +41,12 @@ def in_batches(
 
 
 def squared_error(model: nn.Module, x: Tensor) -> Tensor:
-    r"""Reconstruction error :math:`\|x - D(E(x))\|^2`, summed over the entries of x, one value per sample (n,)."""
-    return (to_unit(x) - in_batches(model, x)).square().flatten(1).sum(1)
+    r"""Reconstruction error :math:`\|x - D(E(x))\|^2`, summed over the entries of x, one value per sample (n,).
+
+    Raises:
+        ValueError: if the model gives another shape than that of x.
+    """
+    return squared_distance(to_unit(x), in_batches(model, x))
 
 
 def _check_features(name: str, value: Tensor, *, like: Tensor, least: int) -> None:
@@ -79,7 +84,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     d = a.shape[1]
     cov_a, cov_b = (torch.cov(x.T).reshape(d, d) for x in (a, b))
     eigen = (torch.linalg.eigh(cov) for cov in (cov_a, cov_b))
-    root_a, root_b = (vectors * values.clamp_min(0).sqrt() @ vectors.T for values, vectors in eigen)
+    # An eigenvalue of the size of the rounding is none: its square root, 1e-8 of the others', would enter the sum.
+    least = d * torch.finfo(torch.float64).eps
+    root_a, root_b = (
+        vectors * values.where(values > least * values[-1], 0).sqrt() @ vectors.T for values, vectors in eigen
+    )
     # The singular values of the product are the eigenvalues of that root, without the square root of a rounding error.
     cross = torch.linalg.svdvals(root_a @ root_b).sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)

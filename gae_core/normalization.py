@@ -24,34 +24,60 @@ class CodeBatchNorm(nn.BatchNorm1d):
         dim: dimension of the code.
         eps: added to the variance.
         momentum: weight of the newest batch in the running averages.
+
+    Raises:
+        ValueError: if ``dim`` is below 1, ``eps`` not positive or ``momentum`` outside (0, 1].
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be a positive number, got {eps}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum}: it is the weight of the newest batch")
         super().__init__(dim, eps=eps, momentum=momentum, affine=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """Normalise codes, shape (batch, dim); at least two of them in training. Half precision is widened to float32.
 
         Raises:
-            ValueError: for another shape, or a single code in training, which has no variance.
+            ValueError: for another shape or type, or fewer than two codes in training, which have no variance.
+            FloatingPointError: in training, if the variance over the batch is not finite, as it is with one NaN. The
+                running averages have not seen such a batch: they would be NaN for ever after.
         """
         if z.ndim != 2 or z.shape[1] != self.num_features:
             raise ValueError(f"z must have shape (batch, {self.num_features}), got {tuple(z.shape)}")
         if self.training and len(z) < 2:
-            raise ValueError("z must have at least 2 rows in training, got 1; call .eval() to encode single points")
+            raise ValueError(
+                f"z must have at least 2 rows in training, got {len(z)}; call .eval() to encode single points"
+            )
+        if not z.is_floating_point():
+            raise ValueError(f"z must be floating point, got {z.dtype}")
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if not (self.training and distributed.is_available() and distributed.is_initialized()):
+            if self.training:
+                _refuse_infinite(z.detach().var(0))
             return super().forward(z)
         size = distributed.get_world_size()
         mean = _Sum.apply(z.mean(0)) / size
         centred = z - mean
         var = _Sum.apply(centred.square().mean(0)) / size
+        _refuse_infinite(var.detach())
         n = size * len(z)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         return centred * (var + self.eps).rsqrt()
+
+
+def _refuse_infinite(var: Tensor) -> None:
+    if not var.isfinite().all():
+        raise FloatingPointError(
+            "the codes of the batch have a variance that is NaN or infinite: there is NaN or an infinity in the data, "
+            "or the training has diverged. The running averages are as before"
+        )
 
 
 class _Sum(torch.autograd.Function):

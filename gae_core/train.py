@@ -1,6 +1,7 @@
 """One training loop for every model."""
 
 import math
+import numbers
 import os
 import pickle
 import sys
@@ -19,8 +20,22 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The device named, or for "auto" CUDA when it is there and the CPU otherwise."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    """The device named, or for "auto" CUDA when it is there and the CPU otherwise.
+
+    Raises:
+        ValueError: if there is no such device, or none of that name.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}') from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f'device must be one that is here: torch sees {torch.cuda.device_count()} of CUDA, got "{chosen}"'
+        )
+    return chosen
 
 
 def fit(
@@ -46,6 +61,9 @@ def fit(
     progress: bool = True,
 ) -> History:
     """Train a model in place, with Adam or plain gradient descent, on the mean of its loss.
+
+    What would train, but not what was meant, is refused before the first step or at it: data that are no tensor, have
+    NaN or another precision than the model; a loss without one value for each row; a ``resume`` without a file.
 
     Each epoch passes over the data once, in a new order; the rows left over by the last whole batch are left out of
     that epoch (a small batch would be no fair sample for what is computed over a batch). The order and the model's
@@ -83,7 +101,8 @@ def fit(
         seed: of the order of the data and of the generator given to the loss.
         checkpoint: file that receives the state of the training after each epoch, written beside it and then renamed.
         checkpoint_every: steps between further checkpoints within an epoch.
-        resume: go on from ``checkpoint`` if it exists. On the CPU the result is that of a training never stopped.
+        resume: go on from ``checkpoint``, which must be named, if it exists. On the CPU the result is that of a
+            training never stopped.
         callback: called as ``callback(model, epoch)`` after each epoch, counted from 1, in evaluation mode. Its use of
             randomness does not change the training, unless it changes the model.
         progress: show a progress bar if standard error is a terminal.
@@ -93,14 +112,22 @@ def fit(
         "player term", and each has the steps of its player.
 
     Raises:
-        ValueError: for arguments that do not fit together, or a checkpoint of another training.
+        ValueError: for arguments that do not fit together, data with NaN or infinite entries, a model or loss of
+            another kind, or a checkpoint of another training.
         FileExistsError: if ``checkpoint`` exists and ``resume`` was not asked for.
         FloatingPointError: if a term or the gradient becomes NaN or infinite; the weights stay those before the step
-            (batch norm's running averages have seen the batch), and the last checkpoint is left as it is.
+            (batch norm's running averages have seen the batch, but for
+            :class:`gae_core.normalization.CodeBatchNorm`'s, which refuse what is not finite), and the last checkpoint
+            is left as it is.
+        OSError: if a checkpoint cannot be written; the one before is left as it is.
     """
     device = pick_device(device)
+    _check_data(model, x, y)
     parallel.start(device)
     rank, size = parallel.rank_and_size()
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "seed": seed}.items():
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
     if epochs < 1 or not 1 <= batch_size <= len(x) or batch_size % size:
         raise ValueError(
             f"epochs must be at least 1 and batch_size a multiple of the {size} process(es) between 1 and n, "
@@ -110,12 +137,16 @@ def fit(
         raise ValueError(f"y must have one row for each row of x, got {len(y)} and {len(x)}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be in [0, 1), got {betas}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be a number of at least 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), and two, got {betas}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be a positive norm or None, got {clip}")
     if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint is None):
         raise ValueError(f"checkpoint_every must be at least 1, with a checkpoint to write to, got {checkpoint_every}")
+    if resume and checkpoint is None:
+        raise ValueError("resume must have a checkpoint to go on from: pass checkpoint=path")
 
     loss_of, cast = _compiled(model.loss, compile, device), _autocast(precision, device)
     model.to(device)
@@ -123,6 +154,8 @@ def fit(
     players = getattr(model, "players", {"": (model.parameters(), 1)})
     turns = [name for name, (_, count) in players.items() for _ in range(count)]
     parameters = {name: [p for p in group if p.requires_grad] for name, (group, _) in players.items()}
+    if frozen := [name or "the model" for name, group in parameters.items() if not group]:
+        raise ValueError(f"model must have parameters that require a gradient, got none of {', '.join(frozen)}")
     rates = {"lr": lr, "fused": True} | ({"betas": betas} if optimizer == "adam" else {})
     optimizers = {name: OPTIMIZERS[optimizer](group, **rates) for name, group in parameters.items()}
     order = torch.Generator().manual_seed(seed)
@@ -147,51 +180,94 @@ def fit(
         parallel.broadcast_(model.state_dict().values())
 
     show = progress and rank == 0 and sys.stderr.isatty()
-    for epoch in range(done // steps, epochs):
-        model.train()
-        order_before = order.get_state()
-        rows = torch.randperm(len(x), generator=order).to(device)
-        for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{epochs}", leave=False, disable=not show):
-            number = epoch * steps + step
-            if number < done:
-                continue
-            player = turns[number % len(turns)]
-            turn = optimizers[player]
-            if schedule is not None:
-                turn.param_groups[0]["lr"] = lr * schedule(number / (epochs * steps))
-            batch = rows[step * batch_size : (step + 1) * batch_size]
-            own = parallel.own(batch)  # all of it on a single process
-            options = {"player": player} if player else {}
-            turn.zero_grad()
-            with cast:
-                loss = loss_of(to_unit(x[own]), None if y is None else y[own], generator=noise, **options)
-            means = {name: values.mean() for name, values in vars(loss).items()}
-            means["total"].backward(inputs=parameters[player])
-            gradients = [p.grad for p in parameters[player] if p.grad is not None]
-            values = torch.stack([mean.detach() for mean in means.values()])
-            if size > 1:
-                parallel.average_([*gradients, values])
-            norm = nn.utils.get_total_norm(gradients)
-            # All that must be finite comes to the host in one transfer, for which a step waits for the device once.
-            names = [f"{player} {name}".strip() for name in (*means, "gradient norm")]
-            found = dict(zip(names, torch.cat([values, norm[None]]).tolist(), strict=True))
-            if not all(map(math.isfinite, found.values())):
-                bad = ", ".join(f"{name!r} is {value}" for name, value in found.items() if not math.isfinite(value))
-                raise FloatingPointError(f"{bad} at epoch {epoch + 1}, step {step}, on rows {batch.tolist()} of x")
-            if clip is not None:
-                nn.utils.clip_grads_with_norm_(parameters[player], clip, norm)
-            turn.step()
-            for name in names[:-1]:
-                history.setdefault(name, []).append(found[name])
-            last = step + 1 == steps
-            if checkpoint is not None and rank == 0 and (last or (step + 1) % (checkpoint_every or steps) == 0):
-                here = order.get_state() if last else order_before  # the next order, or this one again
-                _save(checkpoint, settings, number + 1, history, model, optimizers, here, noise)
-        model.eval()
-        if callback is not None and rank == 0:
-            callback(model, epoch + 1)
-    model.eval()
+    try:
+        for epoch in range(done // steps, epochs):
+            model.train()
+            order_before = order.get_state()
+            rows = torch.randperm(len(x), generator=order).to(device)
+            for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{epochs}", leave=False, disable=not show):
+                number = epoch * steps + step
+                if number < done:
+                    continue
+                player = turns[number % len(turns)]
+                turn = optimizers[player]
+                if schedule is not None:
+                    factor = schedule(number / (epochs * steps))
+                    if not 0 <= factor < math.inf:
+                        raise ValueError(f"schedule must give factors of at least 0, got {factor} at step {number}")
+                    turn.param_groups[0]["lr"] = lr * factor
+                batch = rows[step * batch_size : (step + 1) * batch_size]
+                own = parallel.own(batch)  # all of it on a single process
+                options = {"player": player} if player else {}
+                turn.zero_grad()
+                place = f"at epoch {epoch + 1}, step {step}, on rows"
+                try:
+                    with cast:
+                        loss = loss_of(to_unit(x[own]), None if y is None else y[own], generator=noise, **options)
+                except FloatingPointError as error:  # of a model that notices before there is a loss
+                    raise FloatingPointError(f"{error}; {place} {batch.tolist()} of x") from error
+                _check_loss(loss, len(own))
+                means = {name: values.mean() for name, values in vars(loss).items()}
+                means["total"].backward(inputs=parameters[player])
+                gradients = [p.grad for p in parameters[player] if p.grad is not None]
+                values = torch.stack([mean.detach() for mean in means.values()])
+                if size > 1:
+                    parallel.average_([*gradients, values])
+                norm = nn.utils.get_total_norm(gradients)
+                # All that must be finite comes to the host in one transfer, for which a step waits for the device once.
+                names = [f"{player} {name}".strip() for name in (*means, "gradient norm")]
+                found = dict(zip(names, torch.cat([values, norm[None]]).tolist(), strict=True))
+                if not all(map(math.isfinite, found.values())):
+                    bad = ", ".join(f"{name!r} is {value}" for name, value in found.items() if not math.isfinite(value))
+                    raise FloatingPointError(f"{bad} {place} {batch.tolist()} of x")
+                if clip is not None:
+                    nn.utils.clip_grads_with_norm_(parameters[player], clip, norm)
+                turn.step()
+                for name in names[:-1]:
+                    history.setdefault(name, []).append(found[name])
+                last = step + 1 == steps
+                if checkpoint is not None and rank == 0 and (last or (step + 1) % (checkpoint_every or steps) == 0):
+                    here = order.get_state() if last else order_before  # the next order, or this one again
+                    _save(checkpoint, settings, number + 1, history, model, optimizers, here, noise)
+            model.eval()
+            if callback is not None and rank == 0:
+                callback(model, epoch + 1)
+    finally:
+        model.eval()  # whatever happened
     return {name: torch.tensor(values) for name, values in history.items()}
+
+
+def _check_data(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
+    """Raise a ValueError for what would stop the training with a riddle, or spoil it without a word."""
+    if not callable(getattr(model, "loss", None)):
+        raise ValueError(
+            f"model must have loss(x, y, generator=...), as those of gae_core.models; {type(model)} has none"
+        )
+    precision = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    for name, value in ({"x": x} if y is None else {"x": x, "y": y}).items():
+        if not isinstance(value, Tensor):
+            mend = "torch.as_tensor makes one of an array; fit makes the batches itself"
+            raise ValueError(f"{name} must be a tensor that holds all rows, got {type(value).__name__}: {mend}")
+        if not value.is_floating_point():
+            continue
+        if name == "x" and precision not in (None, value.dtype):  # a model casts its conditions itself
+            raise ValueError(
+                f"{name} must have the model's precision, {precision}, got {value.dtype}: {name}.to({precision})"
+            )
+        if not value.isfinite().all():
+            rows = (~value.isfinite()).flatten(1).any(1).nonzero().ravel().tolist()
+            some = f"{', '.join(map(str, rows[:9]))}{', ...' if len(rows) > 9 else ''}"
+            raise ValueError(f"{name} must be finite, got NaN or infinite entries in {len(rows)} rows: {some}")
+
+
+def _check_loss(loss, n: int) -> None:
+    """Raise a ValueError unless a loss has a total for each of n rows."""
+    total = getattr(loss, "__dict__", {}).get("total")
+    if not isinstance(total, Tensor):
+        kind = type(loss).__name__
+        raise ValueError(f"loss must return a dataclass with total and other terms, each of shape (batch,), got {kind}")
+    if total.shape != (n,):
+        raise ValueError(f"loss must return a total for each row, ({n},), got {tuple(total.shape)}")
 
 
 def _compiled(loss: Callable, compile: bool | str, device: torch.device) -> Callable:
@@ -225,10 +301,15 @@ def _save(path, settings, done, history, model, optimizers, order, noise) -> Non
         "order": order,
         "noise": noise.get_state(),
     }
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch answers a full disk with the latter
+        temporary.unlink(missing_ok=True)
+        told = str(error).partition("\n")[0]
+        raise OSError(f"cannot write {path}, is the disk full? What was there is as it was. {told}") from error
     temporary.replace(path)
 
 

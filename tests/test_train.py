@@ -502,7 +502,7 @@ BAD = {
     "nowhere to write": (dict(checkpoint_every=3), "checkpoint_every must be .* with a checkpoint to write to, got 3"),
     "every zero steps": (dict(checkpoint="a.pt", checkpoint_every=0), "checkpoint_every must be at least 1.* got 0"),
     "optimizer": (dict(optimizer="lion"), "optimizer must be one of adam, sgd, got 'lion'"),
-    "betas": (dict(betas=(0.9, 1.0)), r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+    "betas": (dict(betas=(0.9, 1.0)), r"betas must be in \[0, 1\), and two, got \(0.9, 1.0\)"),
     "precision": (dict(precision="half"), '"auto", "float32" or "bf16", got .half'),
     "compile": (dict(compile="fast"), 'False, True or "reduce-overhead", got .fast'),
     "graphs on the CPU": (dict(compile="reduce-overhead"), "captures CUDA graphs, the device is cpu: pass compile=Tr"),
@@ -511,6 +511,29 @@ BAD = {
     "batch above n": (dict(batch_size=23), "batch_size=23, n=22"),
     "no data": (dict(x=rows(0)), "n=0"),
     "y of other length": (dict(y=torch.arange(21)), "one row for each row of x, got 21 and 22"),
+    "half an epoch": (dict(epochs=1.5), "epochs must be a whole number, got 1.5"),
+    "seed": (dict(seed=0.5), "seed must be a whole number, got 0.5"),
+    "rate below 0": (dict(lr=-1.0), "lr must be a number of at least 0, got -1.0"),
+    "rate of NaN": (dict(lr=math.nan), "lr must be a number of at least 0, got nan"),
+    "three betas": (dict(betas=(0.9, 0.9, 0.9)), "betas must be .* two, got"),
+    "climbing": (dict(schedule=lambda t: -1), "schedule must give factors of at least 0, got -1 at step 0"),
+    "no device of that name": (dict(device="gpu"), 'device must be "auto", "cpu", "cuda" or "cuda:N", got .gpu'),
+    "a device that is not here": (
+        dict(device="cuda:99"),
+        "device must be one that is here: torch sees .* got .cuda:99",
+    ),
+    "nothing to go on from": (dict(resume=True), "resume must have a checkpoint to go on from"),
+    "an array": (dict(x=rows().numpy()), "x must be a tensor .* got ndarray: torch.as_tensor"),
+    "batches": (dict(x=[rows()]), "x must be a tensor .* got list: .* fit makes the batches itself"),
+    "another precision": (
+        dict(x=rows().double()),
+        r"model's precision, torch.float32, got torch.float64: x.to\(torch.f",
+    ),
+    "NaN": (
+        dict(x=rows().index_fill(0, torch.tensor([3, 20]), math.nan)),
+        "x must be finite, .* in 2 rows: 3, 20",
+    ),
+    "conditions of NaN": (dict(y=torch.full((22, 2), math.inf)), "y must be finite, .* in 22 rows: 0, 1, .*8, "),
 }
 
 
@@ -519,6 +542,59 @@ def test_arguments_that_do_not_fit_are_named(name):
     arguments, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         fit(Net(), **{"x": rows(), "epochs": 1, **OPTIONS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: x.sum(1), r"loss must return a dataclass with total .*, got Tensor"),
+        (lambda x: {"total": x.sum(1)}, r"loss must return a dataclass with total .*, got dict"),
+        (lambda x: Loss(x.sum(), x, x), r"loss must return a total for each row, \(5,\), got \(\)"),
+        (lambda x: Loss(x, x, x), r"loss must return a total for each row, \(5,\), got \(5, 3\)"),
+    ],
+)
+def test_a_loss_of_another_kind_is_named(returned, message):
+    class Other(Net):
+        def loss(self, x, y=None, *, generator=None):
+            return returned(self(x))
+
+    with pytest.raises(ValueError, match=message):
+        fit(Other(), rows(), epochs=1, **OPTIONS)
+
+
+def test_models_that_cannot_be_trained_are_named():
+    with pytest.raises(ValueError, match=r"model must have loss\(x, y, generator=...\)"):
+        fit(nn.Linear(3, 3), rows(), epochs=1, **OPTIONS)
+    with pytest.raises(ValueError, match="model must have parameters that require a gradient"):
+        fit(Net().requires_grad_(False), rows(), epochs=1, **OPTIONS)
+
+
+def test_what_a_model_says_of_its_batch_is_told_with_the_place_and_the_model_left_in_evaluation_mode():
+    class Bad(Net):
+        def loss(self, x, y=None, *, generator=None):
+            if self.calls == 5:
+                raise FloatingPointError("the codes ran away")
+            return super().loss(x, y, generator=generator)
+
+    with pytest.raises(FloatingPointError, match=r"^the codes ran away; at epoch 2, step 1, on rows \[\d+, "):
+        fit(model := Bad(), rows(), epochs=3, **OPTIONS)
+    assert not model.training
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(tmp_path):
+    """Truly: from here on the process may write no file longer than half a checkpoint."""
+    import resource
+
+    path = tmp_path / "state.pt"
+    fit(Net(), rows(), epochs=1, checkpoint=path, **OPTIONS)
+    content, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*state\.pt, is the disk full\?"):
+            fit(Net(), rows(), epochs=2, checkpoint=path, resume=True, **OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"] and path.read_bytes() == content
 
 
 # ---- clipping, precision, compilation ---------------------------------------------------------------------------

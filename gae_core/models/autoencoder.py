@@ -19,6 +19,34 @@ class AutoencoderLoss:
     reconstruction: Tensor
 
 
+def check_shape(x: Tensor, reconstruction: Tensor) -> None:
+    """Raise a ValueError if the two differ in shape.
+
+    Images (n, h, w) minus images (n, 1, h, w) are (n, n, h, w): without the check each image is compared with all
+    reconstructions, and the best of those is the mean image.
+    """
+    if x.shape != reconstruction.shape:
+        told, given = ("(" + ", ".join(["n", *map(str, v.shape[1:])]) + ")" for v in (reconstruction, x))
+        entries = reconstruction.shape[1:].numel()
+        if x[:, None].shape == reconstruction.shape:
+            mend = "x.unsqueeze(1)"
+        elif x.shape[1:].numel() == entries:
+            mend = f"x.reshape(-1, {', '.join(map(str, reconstruction.shape[1:]))})"
+        else:
+            mend = "the decoder must end in what x is made of"
+        raise ValueError(f"x must have the shape that the decoder gives, {told}, got {given}: {mend}")
+
+
+def squared_distance(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Squared error of each row, (batch,), summed over its entries.
+
+    Raises:
+        ValueError: if the two differ in shape.
+    """
+    check_shape(x, reconstruction)
+    return (x - reconstruction).square().flatten(1).sum(1)
+
+
 class Autoencoder(nn.Module):
     r"""Encoder E and decoder D trained to minimise :math:`\|x - D(E(x))\|^2`.
 
@@ -28,6 +56,10 @@ class Autoencoder(nn.Module):
         encoder: module x (batch, ...) -> code (batch, dim).
         decoder: module z (batch, dim) -> x (batch, ...).
         dim: dimension of the code.
+
+    Raises:
+        ValueError: from the loss, if x is of another type than the weights or of another shape than the decoder's
+            output, or the codes are not (batch, dim).
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, dim: int) -> None:
@@ -48,8 +80,19 @@ class Autoencoder(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> AutoencoderLoss:
         """Loss on a batch; ``y`` and ``generator`` are there for the common interface and not used."""
-        reconstruction = (x - self(x)).square().flatten(1).sum(1)
+        reconstruction = squared_distance(x, self.decode(self._codes(x)))
         return AutoencoderLoss(total=reconstruction, reconstruction=reconstruction)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        """Codes of x, where x has the type of the weights and the codes are as long as ``dim`` says."""
+        weight = next(self.parameters(), None)
+        if weight is not None and x.dtype != weight.dtype:
+            mend = "gae_core.data.to_unit(x) makes floats of bytes" if x.dtype == torch.uint8 else "convert it"
+            raise ValueError(f"x must be {weight.dtype} as the model's weights are, got {x.dtype}: {mend}")
+        z = self.encode(x)
+        if z.shape != (len(x), self.dim):
+            raise ValueError(f"encoder must give codes of shape {(len(x), self.dim)}, got {tuple(z.shape)}")
+        return z
 
     @torch.no_grad()
     def sample(self, n: int, y: Tensor | None = None, *, generator: Generator | None = None) -> Tensor:
