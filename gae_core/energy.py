@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -15,8 +16,20 @@ def _slopes(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         values = energy(x)
         if values.shape != (len(x),):
             raise ValueError(f"energy must map {tuple(x.shape)} to ({len(x)},), got {tuple(values.shape)}")
-        (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=True)
+        gradient = None
+        if values.requires_grad:  # otherwise grad raises; with parameters alone in the graph it returns None
+            (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError("energy must depend on x by operations with a gradient, got none: detach, or torch.no_grad()?")
     return gradient.flatten(1).square().sum(1)
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point of shape (n, ...), got {x.dtype} {tuple(x.shape)}: divide images of bytes "
+            f"by 255"
+        )
 
 
 def gradient_penalty_r1(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -32,14 +45,16 @@ def gradient_penalty_r1(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
         x: data, (n, ...).
 
     Returns:
-        Squared lengths, (n,), in squared nats by squared units of x, differentiable in the energy's parameters.
+        Squared lengths, (n,), in squared nats by squared units of x, differentiable in the energy's parameters. A row
+        with a NaN has a NaN.
 
     Raises:
-        ValueError: if ``energy`` gives another shape.
+        ValueError: if ``x`` is not floating point, or ``energy`` gives another shape or does not depend on x.
 
     Source: Mescheder, Geiger and Nowozin, *Which training methods for GANs do actually converge?*, ICML 2018, where
     the weight is written gamma / 2.
     """
+    _check_floating("x", x)
     return _slopes(energy, x)
 
 
@@ -57,15 +72,19 @@ def gradient_penalty_wgan(
         generator: of the places.
 
     Returns:
-        Squared excesses, (n,), differentiable in the critic's parameters.
+        Squared excesses, (n,), differentiable in the critic's parameters. A row with a NaN has a NaN.
 
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: if shapes or types do not fit, or ``critic`` does not depend on x.
 
     Source: Gulrajani et al., *Improved training of Wasserstein GANs*, NeurIPS 2017.
     """
-    if real.shape != fake.shape:
-        raise ValueError(f"real and fake must have one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
+    _check_floating("real", real)
+    if real.shape != fake.shape or real.dtype != fake.dtype:
+        raise ValueError(
+            f"real and fake must have one shape and type, got {tuple(real.shape)} of {real.dtype} and "
+            f"{tuple(fake.shape)} of {fake.dtype}"
+        )
     place = torch.rand(len(real), *[1] * (real.ndim - 1), generator=generator, dtype=real.dtype, device=real.device)
     squared = _slopes(critic, place * real + (1 - place) * fake)
     return ((squared + 1e-12).sqrt() - 1).square()  # the root has no slope at 0
@@ -93,9 +112,12 @@ class GridDensity:
         """KL(p || density) in nats for a reference p whose log-density at (n, 2) is ``log_prob``, (n,).
 
         Raises:
-            ValueError: if the grid sees less or more of p than 1, by over one per cent: then it is too small or coarse.
+            ValueError: if ``log_prob`` gives another shape, or the grid sees less or more of p than 1, by over one per
+                cent: then it is too small or coarse.
         """
         log_p = log_prob(self.x)
+        if log_p.shape != (len(self.x),):
+            raise ValueError(f"log_prob must map {tuple(self.x.shape)} to ({len(self.x)},), got {tuple(log_p.shape)}")
         p = log_p.exp() * self.area
         if not abs(float(p.sum()) - 1) < 0.01:
             raise ValueError(
@@ -119,17 +141,31 @@ def log_normalizer_2d(
         low: lower end of both coordinates.
         high: upper end of both.
         points: cells a side.
-        dtype: of the grid.
+        dtype: of the grid: that of the energy's parameters, if it has any. float32 costs digits of log Z.
 
     Raises:
-        ValueError: if the square is empty, ``points`` below 2, or the energy gives another shape, NaN or -inf.
+        ValueError: if the square is empty, ``points`` no whole number of 2 or more, ``dtype`` not floating or another
+            than the energy takes, or the energy gives another shape, NaN or -inf.
     """
-    if not (math.isfinite(low) and math.isfinite(high) and low < high) or points < 2:
-        raise ValueError(f"low must be below high and points at least 2, got low={low}, high={high}, points={points}")
+    if (
+        not (math.isfinite(low) and math.isfinite(high) and low < high)
+        or not isinstance(points, Integral)
+        or points < 2
+    ):
+        raise ValueError(
+            f"low must be below high and points a whole number, at least 2, got low={low}, high={high}, points={points}"
+        )
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating point, got {dtype}")
     width = (high - low) / points
     axis = low + width * (torch.arange(points, dtype=dtype) + 0.5)
     x = torch.cartesian_prod(axis, axis)
-    u = energy(x)
+    try:
+        u = energy(x)
+    except RuntimeError as error:  # torch says "Double and Float", and not which argument decides it
+        if "type" in str(error):
+            raise ValueError(f"dtype must be that of the energy's parameters, got {dtype} ({error})") from error
+        raise
     if u.shape != (len(x),):
         raise ValueError(f"energy must map {tuple(x.shape)} to ({len(x)},), got {tuple(u.shape)}")
     if torch.isnan(u).any() or (u == -math.inf).any():

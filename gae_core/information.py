@@ -6,6 +6,7 @@ the z of another row ``marginal``. Terms are per sample: their mean is the bound
 """
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -30,10 +31,10 @@ def gaussian_information(cov: Tensor, dim_x: int) -> Tensor:
         ValueError: if ``cov`` is no such matrix, or ``dim_x`` leaves x or z without a coordinate. A singular ``cov``
             has no density: where x is a function of z the information is infinite.
     """
-    if not cov.is_floating_point() or cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]:
-        raise ValueError(f"cov must be floating point of shape (..., d, d), got {cov.dtype} {tuple(cov.shape)}")
-    if not 1 <= dim_x < cov.shape[-1]:
-        raise ValueError(f"dim_x must be between 1 and d - 1 = {cov.shape[-1] - 1}, got {dim_x}")
+    if cov.dtype not in (torch.float32, torch.float64) or cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]:
+        raise ValueError(f"cov must be float32 or float64 of shape (..., d, d), got {cov.dtype} {tuple(cov.shape)}")
+    if not isinstance(dim_x, Integral) or not 1 <= dim_x < cov.shape[-1]:
+        raise ValueError(f"dim_x must be a whole number between 1 and d - 1 = {cov.shape[-1] - 1}, got {dim_x}")
     if not torch.isfinite(cov).all():
         raise ValueError("cov must be finite, got NaN or infinite entries")
     if not torch.allclose(cov, cov.mT, rtol=1e-4, atol=1e-4 * float(cov.detach().abs().max())):
@@ -69,11 +70,17 @@ def reconstruction_terms(
         Terms in nats, (n,), differentiable in ``z_hat`` and sigma.
 
     Raises:
-        ValueError: for shapes that do not fit, a sigma that is not positive and finite, or reconstructions without
-            error where sigma is None: then the bound is infinite.
+        ValueError: for shapes that do not fit, codes, reconstructions or an entropy that are not finite, a sigma that
+            is not positive and finite, or reconstructions without error where sigma is None: then the bound is
+            infinite.
     """
     if z.ndim != 2 or z.shape != z_hat.shape or 0 in z.shape:
         raise ValueError(f"z and z_hat must have one shape (n, d), got {tuple(z.shape)} and {tuple(z_hat.shape)}")
+    for name, codes in (("z", z), ("z_hat", z_hat)):
+        if not codes.is_floating_point() or not torch.isfinite(codes).all():
+            raise ValueError(f"{name} must be floating point and finite, got {codes.dtype}, or NaN or infinite entries")
+    if entropy is not None and not math.isfinite(entropy):
+        raise ValueError(f"entropy must be finite, got {entropy}")
     d = z.shape[1]
     square = (z - z_hat).square()
     if sigma is None:
@@ -97,8 +104,8 @@ def jsd_terms(joint: Tensor, marginal: Tensor) -> Tensor:
     .. math:: \log\sigma(T) + \log\sigma(-T'),
 
     where T is a score of a pair and T' that of x with another z. Implements ``def-mutual_information-jsd``: the mean is
-    at most 2 JSD - log 4, in [-log 4, 0] (``eq-mutual_information-jsd``), and no estimate of I(x; z). It is minus
-    twice the binary cross entropy of telling the pairs apart.
+    at most 2 JSD - log 4 (``eq-mutual_information-jsd``), a number in [-log 4, 0], and no estimate of I(x; z). That of
+    a bad critic has no lower limit. It is minus twice the binary cross entropy of telling the pairs apart.
 
     Args:
         joint: scores of the pairs (x_i, z_i), (n,).
@@ -174,12 +181,12 @@ def info_nce_terms(scores: Tensor) -> Tensor:
         Terms in nats, (n,).
 
     Raises:
-        ValueError: if ``scores`` is not square with n >= 2, or not finite.
+        ValueError: if ``scores`` is not square with n >= 2, or not floating point and finite.
     """
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 2:
         raise ValueError(f"scores must have shape (n, n) with n >= 2, got {tuple(scores.shape)}")
-    if not torch.isfinite(scores).all():
-        raise ValueError("scores must be finite, got NaN or infinite entries")
+    if not scores.is_floating_point() or not torch.isfinite(scores).all():
+        raise ValueError(f"scores must be floating point and finite, got {scores.dtype}, or NaN or infinite entries")
     return scores.diagonal() - scores.logsumexp(1) + math.log(len(scores))
 
 
@@ -212,6 +219,6 @@ def _check_scores(joint: Tensor, marginal: Tensor) -> Tensor:
             f"joint must have shape (n,), marginal (n,) or (n, m), got {tuple(joint.shape)} and {tuple(marginal.shape)}"
         )
     for name, scores in (("joint", joint), ("marginal", marginal)):
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"{name} must be finite, got NaN or infinite scores")
+        if not scores.is_floating_point() or not torch.isfinite(scores).all():
+            raise ValueError(f"{name} must be floating point and finite, got {scores.dtype}, or NaN or infinite scores")
     return marginal.reshape(len(joint), -1)

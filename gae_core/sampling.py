@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -19,14 +20,27 @@ class GaussianMixture:
         weights: :math:`\pi_c`, shape (components,), summing to 1.
         means: :math:`m_c`, shape (components, d).
         factors: Cholesky factors of the covariances :math:`\Sigma_c`, shape (components, d, d).
+
+    Raises:
+        ValueError: for shapes that do not fit, or weights that are negative or do not sum to 1.
     """
 
     weights: Tensor
     means: Tensor
     factors: Tensor
 
+    def __post_init__(self):
+        shapes = [tuple(part.shape) for part in (self.weights, self.means, self.factors)]
+        c, d = shapes[1] if self.means.ndim == 2 else (0, 0)
+        if not c * d or shapes != [(c,), (c, d), (c, d, d)]:
+            raise ValueError(f"weights, means and factors must have shapes (c,), (c, d) and (c, d, d), got {shapes}")
+        if not ((self.weights >= 0).all() and abs(float(self.weights.sum()) - 1) < 1e-3):
+            raise ValueError(f"weights must not be negative and sum to 1, got {self.weights.tolist()}")
+
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """Draw n independent points, shape (n, d)."""
+        if not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"n must be a whole number, at least 1, got {n}")
         device = self.means.device if generator is None else generator.device
         component = torch.multinomial(self.weights.to(device), n, replacement=True, generator=generator)
         eps = torch.randn(n, self.means.shape[1], generator=generator, device=device, dtype=self.means.dtype).to(
@@ -36,7 +50,10 @@ class GaussianMixture:
         return self.means[component] + torch.einsum("nij,nj->ni", self.factors[component], eps)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density in nats, shape (n,), of points z of shape (n, d)."""
+        """Log-density in nats, shape (n,), of finite points z of shape (n, d)."""
+        d = self.means.shape[1]
+        if z.ndim != 2 or z.shape[1] != d or not torch.isfinite(z).all():
+            raise ValueError(f"z must be finite, of shape (n, {d}), got {tuple(z.shape)}, or NaN or infinite entries")
         normal = torch.distributions.MultivariateNormal(self.means, scale_tril=self.factors)
         return torch.logsumexp(self.weights.log() + normal.log_prob(z[:, None]), dim=1)
 
@@ -53,19 +70,26 @@ def fit_gaussian_mixture(z: Tensor, n_components: int = 1, *, seed: int = 0) -> 
         seed: of EM's starting point.
 
     Raises:
-        ValueError: for a wrong shape, too few or non-finite codes, or codes that lie on a subspace.
+        ValueError: for a wrong shape or type, too few or non-finite codes, fewer different ones than components, codes
+            whose variances overflow or underflow, or codes that lie on a subspace.
     """
-    if z.ndim != 2 or not torch.isfinite(z).all():
-        raise ValueError(f"z must be a finite tensor of shape (n, d), got shape {tuple(z.shape)} or NaN in it")
-    if n_components < 1 or len(z) <= max(z.shape[1], n_components):
+    if z.ndim != 2 or z.shape[1] < 1 or z.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"z must be float32 or float64 of shape (n, d), got shape {tuple(z.shape)} of {z.dtype}")
+    if not torch.isfinite(z).all():
+        raise ValueError("z must be finite, got NaN or infinite entries")
+    if not isinstance(n_components, Integral) or n_components < 1 or len(z) <= max(z.shape[1], n_components):
         raise ValueError(
-            f"n_components must be at least 1, and z have more than {max(z.shape[1], n_components)} rows, "
-            f"got n_components={n_components} and {len(z)} rows"
+            f"n_components must be at least 1, a whole number, and z have more than {max(z.shape[1], n_components)} "
+            f"rows, got n_components={n_components} and {len(z)} rows"
         )
+    if n_components > 1 and (different := len(z.unique(dim=0))) < n_components:
+        raise ValueError(f"n_components must not exceed the {different} different rows of z, got {n_components}")
     z, d = z.detach(), z.shape[1]
     weights, means = z.new_ones(1), z.mean(0)[None]
     covariances = torch.cov(z.T, correction=0).reshape(1, d, d)
     std = covariances[0].diagonal().sqrt()
+    if not torch.isfinite(covariances).all() or ((std == 0) & (z != z[0]).any(0)).any():
+        raise ValueError(f"z must have variances that {z.dtype} can hold: rescale the codes, or use float64")
     # Correlations, for they do not depend on the units; rounding turns an eigenvalue 0 of theirs into one of about eps.
     if (z == z[0]).all(0).any() or (
         torch.linalg.eigvalsh(covariances[0] / torch.outer(std, std))[0] < 10 * d * torch.finfo(z.dtype).eps
@@ -107,8 +131,13 @@ class Chains:
 
     @cached_property
     def r_hat(self) -> Tensor:
-        """Split R-hat of each coordinate, (dim,)."""
+        """Split R-hat of each coordinate, (dim,): do the chains agree in their means?"""
         return split_rhat(self.samples)
+
+    @cached_property
+    def rank_r_hat(self) -> Tensor:
+        """Rank-normalised R-hat of each coordinate, (dim,): do they agree in place and in spread?"""
+        return rank_rhat(self.samples)
 
 
 def langevin(
@@ -140,8 +169,8 @@ def langevin(
         generator: of the noise, on any device.
 
     Raises:
-        ValueError: for a number that makes no sense, a start of another shape, or an energy that has another shape, is
-            not finite, or has no finite gradient.
+        ValueError: for a number that makes no sense, a start of another shape, or an energy that has another shape,
+            does not depend on z, is not finite, or has no finite gradient.
         FloatingPointError: if a chain runs away.
     """
     return _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, adjust=False, target=None)
@@ -168,6 +197,9 @@ def mala(
     the step goes where the mean acceptance is ``target_acceptance``, by Robbins and Monro's recursion on its logarithm
     (``def-latent_mcmc-robbins-monro``); afterwards it is fixed. One step serves all chains.
 
+    The acceptance needs differences of U to a small part of a nat. A float32 number of size c has a spacing of about
+    1e-7 c: an offset of 1e5 in U does no harm, one of 1e7 spoils the chain. Take it off, or use float64.
+
     Args:
         energy: U, maps (chains, dim) to (chains,), in nats, row by row: a network in evaluation mode. It may be +inf:
             no chain goes there.
@@ -181,9 +213,11 @@ def mala(
         generator: of the noise, on any device.
 
     Raises:
-        ValueError: for a number that makes no sense, a start of another shape, or an energy that has another shape, is
-            NaN or -inf, or has no finite gradient where it is finite.
-        FloatingPointError: if a chain runs away, as it does when e^{-U} has no finite integral.
+        ValueError: for a number that makes no sense, a start of another shape, or an energy that has another shape,
+            does not depend on z, is NaN or -inf, or has no finite gradient where it is finite.
+        FloatingPointError: if a chain passes ``limit``. That guards the run and is no test of the energy. Where e^{-U}
+            has no finite integral, chains run away if U is flat far out; but if it falls ever more steeply, as -z²/2
+            does, steps outwards are refused ever more often and the chains stay, with an R-hat far above 1.
 
     Source: Roberts and Tweedie, *Exponential convergence of Langevin distributions*, Bernoulli 1996; the acceptance,
     Roberts and Rosenthal, JRSS B 1998.
@@ -197,15 +231,16 @@ def mala(
 def _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, *, adjust, target) -> Chains:
     if not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a positive number, got {step_size}")
-    if thin < 1 or n_steps < thin or warmup < 0:
+    whole = all(isinstance(count, Integral) for count in (n_steps, thin, warmup))
+    if not whole or thin < 1 or n_steps < thin or warmup < 0:
         raise ValueError(
-            f"thin must be at least 1, n_steps at least thin, warmup not negative, "
+            f"thin must be at least 1, n_steps at least thin, warmup not negative, all of them whole numbers, "
             f"got thin={thin}, n_steps={n_steps}, warmup={warmup}"
         )
-    if z0.ndim != 2 or 0 in z0.shape or not z0.is_floating_point() or not torch.isfinite(z0).all():
-        raise ValueError(
-            f"z0 must be finite and floating, of shape (chains, dim), got {tuple(z0.shape)} of {z0.dtype}, or NaN in it"
-        )
+    if z0.ndim != 2 or 0 in z0.shape or not z0.is_floating_point():
+        raise ValueError(f"z0 must be floating point of shape (chains, dim), got {tuple(z0.shape)} of {z0.dtype}")
+    if not torch.isfinite(z0).all():
+        raise ValueError("z0 must be finite, got NaN or infinite entries")
     source = z0.device if generator is None else generator.device
     z = z0.detach().clone()
     u, g = _value_and_gradient(energy, z, 0, infinite=False)
@@ -249,7 +284,11 @@ def _value_and_gradient(energy: Energy, z: Tensor, step: int, *, infinite: bool)
         u = energy(z)
         if u.shape != (len(z),):
             raise ValueError(f"energy must map {tuple(z.shape)} to ({len(z)},), got {tuple(u.shape)}")
-        (g,) = torch.autograd.grad(u.sum(), z)
+        g = None
+        if u.requires_grad:  # otherwise grad raises; with parameters alone in the graph it returns None
+            (g,) = torch.autograd.grad(u.sum(), z, allow_unused=True)
+    if g is None:
+        raise ValueError("energy must depend on z by operations with a gradient, got none: detach, or torch.no_grad()?")
     u = u.detach()
     if not math.isfinite(float(u.sum() + g.sum())):  # one look at the device in most steps
         outside = (u == math.inf) if infinite else torch.zeros_like(u, dtype=torch.bool)
@@ -274,10 +313,10 @@ def _check_limit(z: Tensor, limit: float, step: int) -> None:
 
 def _halves(samples: Tensor) -> Tensor:
     """Each chain as two, (kept // 2, 2 * chains, dim); ValueError if there is nothing to compare."""
-    if samples.ndim != 3 or len(samples) < 8 or 0 in samples.shape or not torch.isfinite(samples).all():
-        raise ValueError(
-            f"samples must be finite, of shape (kept >= 8, chains, dim), got {tuple(samples.shape)} or NaN in it"
-        )
+    if samples.ndim != 3 or len(samples) < 8 or 0 in samples.shape:
+        raise ValueError(f"samples must have shape (kept >= 8, chains, dim), got {tuple(samples.shape)}")
+    if not torch.isfinite(samples).all():
+        raise ValueError("samples must be finite, got NaN or infinite entries")
     half = len(samples) // 2
     parts = torch.cat([samples[:half], samples[-half:]], 1).double()
     if (parts.var(0).mean(0) == 0).any():
@@ -292,7 +331,8 @@ def split_rhat(samples: Tensor) -> Tensor:
 
     Implements ``def-latent_mcmc-rhat``: W is the mean variance within the halves, of n samples each, B the variance of
     their means. It is near 1 for chains that forgot their start, and larger for chains in different places or still
-    on their way. Near 1 proves nothing if no chain has seen a mode.
+    on their way. Near 1 proves nothing if no chain has seen a mode, and chains of one mean that differ in their spread
+    are not noticed: for those there is :func:`rank_rhat`.
 
     Args:
         samples: (kept >= 8, chains, dim).
@@ -300,9 +340,47 @@ def split_rhat(samples: Tensor) -> Tensor:
     Raises:
         ValueError: for another shape, samples that are not finite, or a coordinate in which no chain has moved.
     """
+    return _rhat(_halves(samples))
+
+
+def rank_rhat(samples: Tensor) -> Tensor:
+    r"""Split R-hat of the samples' normal scores and of those of their distances from the median, the larger, (dim,).
+
+    .. math:: \max\{\hat R(s),\, \hat R(s')\}, \qquad s_i = \Phi^{-1}\left(\frac{r_i - 3/8}{S + 1/4}\right)
+
+    Implements ``def-latent_mcmc-rank-rhat``: r_i is the rank of a sample among all S of its coordinate, equal ones
+    sharing their mean rank, and s' are the scores of \|z_i - median\|. The first compares the chains' places also where
+    they have no variance, the second their spreads.
+
+    Args:
+        samples: (kept >= 8, chains, dim).
+
+    Raises:
+        ValueError: for another shape, samples that are not finite, or a coordinate in which no chain has moved.
+
+    Source: Vehtari, Gelman, Simpson, Carpenter and Bürkner, *Rank-normalization, folding, and localization: an improved
+    R-hat*, Bayesian Analysis 2021.
+    """
     parts = _halves(samples)
+    ordered = parts.flatten(0, 1).sort(0).values
+    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    # Where all distances are equal, as for samples of two values, the second is NaN, and has nothing to say.
+    return torch.fmax(_rhat(_normal_scores(parts)), _rhat(_normal_scores((parts - median).abs())))
+
+
+def _rhat(parts: Tensor) -> Tensor:
     n = len(parts)
     return ((n - 1) / n + parts.mean(0).var(0) / parts.var(0).mean(0)).sqrt()
+
+
+def _normal_scores(parts: Tensor) -> Tensor:
+    """Normal quantiles of the ranks among all samples of a coordinate, equal samples with their mean rank."""
+    scores = torch.empty_like(parts)
+    for j in range(parts.shape[2]):
+        _, place, count = parts[..., j].unique(return_inverse=True, return_counts=True)
+        rank = count.cumsum(0) - (count.double() - 1) / 2
+        scores[..., j] = torch.special.ndtri((rank - 0.375) / (parts[..., j].numel() + 0.25))[place]
+    return scores
 
 
 def effective_sample_size(samples: Tensor) -> Tensor:
@@ -341,6 +419,7 @@ def latent_energy(energy: Energy, decode: Callable[[Tensor], Tensor], *, term: s
 
     - ``"jacobian"``: :math:`U(G(z)) - \tfrac12\log\det J^\top J`. Then G(z) has the density e^{-U}
       (``eq-latent_mcmc-pullback``), or where x has more coordinates than z, that density along the surface, by area.
+      Where J has not full rank it is +inf: there x has no density.
     - ``"prior"``: :math:`U(G(z)) + \tfrac12\|z\|^2`. Then G(z) has the density p_G e^{-U}, where p_G is that of the
       generator (``eq-latent_mcmc-residual``): right if U is a residual energy, minus the log-ratio of data to p_G.
     - ``"none"``: U(G(z)). G(z) has neither density, and for a bounded generator the codes have none at all.
@@ -352,7 +431,8 @@ def latent_energy(energy: Energy, decode: Callable[[Tensor], Tensor], *, term: s
         term: one of the three.
 
     Raises:
-        ValueError: for another term, or, when called, for a generator that gives fewer numbers than it takes.
+        ValueError: for another term, or, when called with the Jacobian, for a generator that gives fewer numbers than
+            it takes, or does not depend on z.
     """
     if term not in ("jacobian", "prior", "none"):
         raise ValueError(f"term must be 'jacobian', 'prior' or 'none', got {term!r}")
@@ -373,6 +453,14 @@ def latent_energy(energy: Energy, decode: Callable[[Tensor], Tensor], *, term: s
                 raise ValueError(
                     f"decode must give at least {columns} numbers a row for {columns} coordinates, got {rows}"
                 )
+            if not jacobian.any():  # flat here, which may happen, or cut off from z, which is a mistake
+                with torch.enable_grad():
+                    leaf = z.detach().requires_grad_()
+                    x = decode(leaf)
+                    if not x.requires_grad or torch.autograd.grad(x.sum(), leaf, allow_unused=True)[0] is None:
+                        raise ValueError(
+                            "decode must depend on z by operations with a gradient, got none: detach, or no_grad()?"
+                        )
             square = rows == columns
             log_det = torch.linalg.slogdet(jacobian if square else jacobian.mT @ jacobian).logabsdet
             return u - (log_det if square else 0.5 * log_det)

@@ -330,6 +330,23 @@ def quadratic(x):
     return 1.5 * x.flatten(1).square().sum(1)
 
 
+def parameters_alone(x):
+    return torch.ones(len(x), requires_grad=True)
+
+
+torch.manual_seed(0)
+LAYER = torch.nn.Linear(2, 1)
+
+
+def single(x):
+    """A network of float32, as they are unless one asks."""
+    return LAYER(x)[:, 0].detach()
+
+
+def double_of_single(x):
+    return single(x.float()).double()
+
+
 @pytest.mark.parametrize("shape", [(5,), (3, 4, 4)])
 def test_penalties_take_the_slope_of_the_whole_sample(shape):
     rng = torch.Generator().manual_seed(0)
@@ -397,9 +414,27 @@ def test_the_normaliser_has_the_gradient_of_the_negative_phase():
     ("call", "message"),
     [
         (lambda: gradient_penalty_r1(lambda x: x, torch.ones(3, 2)), "energy must map"),
+        (lambda: gradient_penalty_r1(lambda x: torch.zeros(len(x)), torch.ones(3, 2)), "energy must depend on x"),
+        (lambda: gradient_penalty_r1(lambda x: quadratic(x.detach()), torch.ones(3, 2)), "energy must depend on x"),
+        (lambda: gradient_penalty_r1(torch.no_grad()(quadratic), torch.ones(3, 2)), "energy must depend on x"),
+        (lambda: gradient_penalty_r1(parameters_alone, torch.ones(3, 2)), "energy must depend on x"),
+        (lambda: gradient_penalty_r1(quadratic, torch.ones(3, 2).byte()), "x must be floating point.*uint8.*by 255"),
+        (lambda: gradient_penalty_r1(quadratic, torch.ones(3)), r"x must be floating point of shape \(n, ...\)"),
+        (lambda: gradient_penalty_wgan(quadratic, torch.ones(3, 2).long(), torch.ones(3, 2)), "real must be floating"),
+        (lambda: gradient_penalty_wgan(quadratic, torch.ones(3, 2), torch.ones(3, 2).double()), "one shape and type"),
+        (lambda: log_normalizer_2d(quadratic, 0, 1, 50.5), "points a whole number.*got low=0, high=1, points=50.5"),
+        (lambda: log_normalizer_2d(quadratic, 0, 1, 10, dtype=torch.int64), "dtype must be floating point"),
+        (
+            lambda: log_normalizer_2d(single, -1, 1, 9),
+            "dtype must be that of the energy's parameters, got torch.float64",
+        ),
+        (
+            lambda: log_normalizer_2d(quadratic, 0, 1, 10).kl_from(lambda x: x[:, :1]),
+            "log_prob must map .* got .*100, 1",
+        ),
         (lambda: gradient_penalty_wgan(quadratic, torch.ones(3, 2), torch.ones(2, 2)), "one shape"),
         (lambda: log_normalizer_2d(quadratic, 1, 1, 10), "low must be below high"),
-        (lambda: log_normalizer_2d(quadratic, 0, 1, 1), "points at least 2"),
+        (lambda: log_normalizer_2d(quadratic, 0, 1, 1), "points a whole number, at least 2"),
         (lambda: log_normalizer_2d(lambda x: x, 0, 1, 10), "energy must map"),
         (lambda: log_normalizer_2d(lambda x: x[:, 0].log(), -1, 1, 10), "NaN or -inf"),
         (lambda: log_normalizer_2d(lambda x: -x[:, 0] / 0, 0, 1, 10), "NaN or -inf"),
@@ -410,3 +445,20 @@ def test_the_normaliser_has_the_gradient_of_the_negative_phase():
 def test_errors_say_what_to_mend(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_mistake_of_the_energy_itself_is_not_taken_for_one_of_the_grid():
+    with pytest.raises(RuntimeError, match="must match the size"):
+        log_normalizer_2d(lambda x: quadratic(x) + torch.zeros(3), 0, 1, 10)
+
+
+def test_a_network_of_single_precision_takes_a_grid_of_its_own_type():
+    grid = log_normalizer_2d(single, -1, 1, 20, dtype=torch.float32)
+    assert float(grid.log_z) == pytest.approx(float(log_normalizer_2d(double_of_single, -1, 1, 20).log_z), abs=1e-5)
+
+
+def test_a_row_with_a_nan_has_a_penalty_of_nan_and_leaves_the_others():
+    x = torch.ones(4, 2)
+    x[1, 0] = math.nan
+    for penalty in (gradient_penalty_r1(quadratic, x), gradient_penalty_wgan(quadratic, x, torch.ones(4, 2))):
+        assert torch.isnan(penalty).tolist() == [False, True, False, False]

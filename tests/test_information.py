@@ -58,11 +58,13 @@ def test_gaussian_information_does_not_see_invertible_maps_of_either_part():
 @pytest.mark.parametrize(
     ("cov", "dim_x", "message"),
     [
-        (torch.eye(3, dtype=torch.int64), 1, "floating point of shape"),
-        (torch.ones(3), 1, "floating point of shape"),
-        (torch.ones(2, 3), 1, "floating point of shape"),
-        (torch.eye(3), 0, "dim_x must be between 1 and d - 1 = 2, got 0"),
-        (torch.eye(3), 3, "dim_x must be between"),
+        (torch.eye(3, dtype=torch.int64), 1, "float32 or float64 of shape"),
+        (torch.eye(3, dtype=torch.float16), 1, "float32 or float64 of shape"),
+        (torch.ones(3), 1, "float32 or float64 of shape"),
+        (torch.ones(2, 3), 1, "float32 or float64 of shape"),
+        (torch.eye(3), 0, "dim_x must be a whole number between 1 and d - 1 = 2, got 0"),
+        (torch.eye(3), 3, "dim_x must be a whole number between"),
+        (torch.eye(3), 1.5, "dim_x must be a whole number between"),
         (torch.tensor([[1.0, 0.5], [0.1, 1.0]]), 1, "symmetric"),
         (torch.full((2, 2), math.nan), 1, "cov must be finite"),
         (torch.tensor([[1.0, 2.0], [2.0, 4.0]]), 1, "positive definite"),
@@ -115,11 +117,20 @@ def test_the_gradient_weighs_the_squared_error_by_half_the_precision():
         (torch.ones(3, 2), torch.ones(3, 2), 0.0, "sigma must be positive and finite"),
         (torch.ones(3, 2), torch.ones(3, 2), math.nan, "sigma must be positive and finite"),
         (torch.ones(3, 2), torch.ones(3, 2), torch.ones(3), r"a number or of shape \(2,\)"),
+        (torch.ones(3, 2).long(), torch.ones(3, 2).long(), 1.0, "z must be floating point and finite, got torch.int64"),
+        (torch.full((3, 2), math.nan), torch.ones(3, 2), 1.0, "z must be floating point and finite"),
+        (torch.ones(3, 2), torch.full((3, 2), math.nan), None, "z_hat must be floating point and finite"),
     ],
 )
 def test_reconstruction_refuses(z, z_hat, sigma, message):
     with pytest.raises(ValueError, match=message):
         reconstruction_terms(z, z_hat, sigma)
+
+
+@pytest.mark.parametrize("entropy", [math.nan, -math.inf])
+def test_reconstruction_refuses_an_entropy_that_is_not_finite(entropy):
+    with pytest.raises(ValueError, match="entropy must be finite"):
+        reconstruction_terms(torch.ones(3, 2), torch.zeros(3, 2), 1.0, entropy=entropy)
 
 
 # --- critics ---
@@ -155,6 +166,12 @@ def test_jsd_and_nce_keep_their_range_at_any_score(scale):
     assert (info_nce_terms(scores) <= math.log(50) + 1e-5).all()
 
 
+def test_the_jensen_shannon_objective_of_a_bad_critic_has_no_lower_limit():
+    """Only the best value lies above -log 4: pairs taken for others, and others for pairs, cost what they are worth."""
+    joint = torch.full((5,), -1e6, dtype=torch.float64)
+    assert jsd_terms(joint, -joint).tolist() == pytest.approx([-2e6] * 5)
+
+
 def test_a_critic_without_opinion_says_log_4_below_zero_or_zero():
     zero = torch.zeros(8, dtype=torch.float64)
     assert jsd_terms(zero, zero).mean() == pytest.approx(-math.log(4))
@@ -180,8 +197,10 @@ def test_a_constant_added_to_the_scores_changes_nwj_alone_among_the_bounds_and_o
         (torch.ones(3), torch.ones(4), r"joint must have shape \(n,\)"),
         (torch.ones(3), torch.ones(3, 0), r"joint must have shape \(n,\)"),
         (torch.ones(0), torch.ones(0), r"joint must have shape \(n,\)"),
-        (torch.tensor([math.nan]), torch.ones(1), "joint must be finite"),
-        (torch.ones(1), torch.tensor([math.inf]), "marginal must be finite"),
+        (torch.tensor([math.nan]), torch.ones(1), "joint must be floating point and finite"),
+        (torch.ones(1), torch.tensor([math.inf]), "marginal must be floating point and finite"),
+        (torch.ones(2).long(), torch.ones(2), "joint must be floating point and finite, got torch.int64"),
+        (torch.ones(2), torch.ones(2).long(), "marginal must be floating point and finite, got torch.int64"),
     ],
 )
 def test_critics_terms_refuse(terms, joint, marginal, message):
@@ -195,7 +214,8 @@ def test_critics_terms_refuse(terms, joint, marginal, message):
         (torch.ones(3, 4), r"\(n, n\)"),
         (torch.ones(1, 1), r"\(n, n\)"),
         (torch.ones(3), r"\(n, n\)"),
-        (torch.full((2, 2), math.nan), "scores must be finite"),
+        (torch.full((2, 2), math.nan), "scores must be floating point and finite"),
+        (torch.ones(2, 2).long(), "scores must be floating point and finite, got torch.int64"),
     ],
 )
 def test_nce_refuses(scores, message):

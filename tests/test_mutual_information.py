@@ -409,9 +409,27 @@ def test_raising_the_bound_is_not_raising_the_information():
     assert information_fold > information_line + mp.mpf("0.5")
     assert same(bound_line, information_line)
     assert bound_fold < bound_line
+    assert (mp.nstr(information_fold, 3), mp.nstr(information_line, 2)) == ("1.08", "0.35")
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(100_000, 1, generator=generator, dtype=torch.float64)
     assert float(reconstruction_terms(z, torch.zeros_like(z)).mean()) == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize(("fold", "line"), [("0.2", "1"), ("0.2", "0.2"), ("0.05", "0.3"), ("0.7", "2")])
+def test_a_fold_with_less_noise_has_less_entropy_though_it_may_have_more_information(fold, line):
+    """|z| + fold eps has a variance below 1 + line², and no density of that variance has more than the normal one."""
+    fold, line = mp.mpf(fold), mp.mpf(line)
+    with mp.workdps(15):
+        entropy_fold = folded_information(fold) + mp.log(2 * mp.pi * mp.e * fold**2) / 2
+    entropy_line = mp.log(2 * mp.pi * mp.e * (1 + line**2)) / 2
+    normal_of_its_variance = mp.log(2 * mp.pi * mp.e * (1 - 2 / mp.pi + fold**2)) / 2
+    assert entropy_fold < normal_of_its_variance < entropy_line
+    if (fold, line) == (mp.mpf("0.2"), 1):  # as the chapter has it
+        assert (mp.nstr(entropy_fold, 2), mp.nstr(entropy_line, 3)) == ("0.89", "1.77")
+    # The same noise on both: the fold costs what its sign may tell, a bit at most (H(s y) <= H(y) + H(s)).
+    if fold == line:
+        lost = entropy_line - entropy_fold
+        assert 0 < lost < mp.log(2)
 
 
 # --- bounds by a critic ---

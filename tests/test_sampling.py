@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_z
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm, rankdata
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from gae_core.energy import log_normalizer_2d
@@ -18,6 +18,7 @@ from gae_core.sampling import (
     langevin,
     latent_energy,
     mala,
+    rank_rhat,
     split_rhat,
 )
 
@@ -193,6 +194,13 @@ BAD = {
     "no component": (dict(z=normal(9, 2), n_components=0), "n_components must be at least 1"),
     "n = d": (dict(z=normal(3, 3)), "more than 3 rows.*got n_components=1 and 3 rows"),
     "n = components": (dict(z=normal(4, 2), n_components=4), "more than 4 rows"),
+    "whole numbers": (dict(z=torch.ones(9, 2, dtype=torch.long)), "z must be float32 or float64.*int64"),
+    "half precision": (dict(z=normal(9, 2).half()), "z must be float32 or float64.*float16"),
+    "no columns": (dict(z=normal(9, 0)), r"z must be float32 or float64 of shape \(n, d\), got shape \(9, 0\)"),
+    "half a component": (dict(z=normal(9, 2), n_components=2.5), "n_components must be at least 1, a whole number"),
+    "copies": (dict(z=normal(3, 2).repeat(5, 1), n_components=4), "must not exceed the 3 different rows of z, got 4"),
+    "squares overflow": (dict(z=1e25 * normal(9, 2).float()), "variances that torch.float32 can hold"),
+    "squares underflow": (dict(z=1e-25 * normal(9, 2).float()), "variances that torch.float32 can hold"),
 }
 
 
@@ -212,6 +220,37 @@ def test_codes_on_a_subspace_are_refused_whatever_the_rounding(components, dtype
     for z in (plane, 1e-3 * plane, constant):
         with pytest.raises(ValueError, match=r"span all its dimensions.*drop dependent coordinates"):
             fit_gaussian_mixture(z, components)
+
+
+WRONG_MIXTURES = {
+    "weights of sum 2": (dict(weights=torch.ones(2)), "weights must not be negative and sum to 1"),
+    "a negative weight": (dict(weights=torch.tensor([1.5, -0.5])), "weights must not be negative"),
+    "NaN": (dict(weights=torch.tensor([math.nan, 0.5])), "weights must not be negative"),
+    "three weights": (dict(weights=torch.ones(3) / 3), r"shapes \(c,\), \(c, d\) and \(c, d, d\), got \[\(3,\)"),
+    "one mean": (dict(means=torch.zeros(3)), r"shapes \(c,\), \(c, d\) and \(c, d, d\)"),
+    "variances": (dict(factors=torch.ones(2, 3)), r"shapes \(c,\), \(c, d\) and \(c, d, d\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MIXTURES)
+def test_a_mixture_that_is_no_density_is_refused(name):
+    change, message = WRONG_MIXTURES[name]
+    right = dict(weights=torch.tensor([0.5, 0.5]), means=torch.zeros(2, 3), factors=torch.eye(3).repeat(2, 1, 1))
+    assert GaussianMixture(**right).sample(1).shape == (1, 3)
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture(**{**right, **change})
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0])
+def test_a_mixture_gives_one_sample_or_more(n):
+    with pytest.raises(ValueError, match="n must be a whole number, at least 1"):
+        mixture().sample(n)
+
+
+@pytest.mark.parametrize("z", [normal(4, 1), normal(2), torch.full((3, 2), math.nan).double()])
+def test_points_that_a_mixture_does_not_know_are_refused(z):
+    with pytest.raises(ValueError, match=r"z must be finite, of shape \(n, 2\)"):
+        mixture().log_prob(z)
 
 
 def test_strongly_correlated_codes_are_accepted():
@@ -315,6 +354,56 @@ def test_the_warm_up_finds_the_wanted_acceptance(start):
     assert float(lower.acceptance.mean()) == pytest.approx(0.9, abs=0.02)
 
 
+@pytest.mark.parametrize("warmup", [10, 11])
+def test_the_warm_up_ends_at_the_geometric_mean_over_its_second_half(warmup):
+    """On a flat energy all is accepted, so that the recursion of the logarithm is a sum known beforehand."""
+    run = mala(
+        lambda z: 0 * z.sum(1),
+        normal(3, 2),
+        step_size=0.3,
+        n_steps=4,
+        warmup=warmup,
+        limit=math.inf,
+        generator=generator(9),
+    )
+    logs = math.log(0.3) + np.cumsum([t**-0.6 * (1 - 0.574) / (0.574 * (1 - 0.574)) for t in range(1, warmup + 1)])
+    assert run.step_size == pytest.approx(math.exp(logs[-(warmup // 2) :].mean()), rel=1e-12)
+    assert run.step_size < 0.9 * math.exp(logs[-1])  # the last step is another
+
+
+def test_the_step_is_fixed_after_the_warm_up():
+    """The chain goes on as one without any adaptation does from its place, with the noise that follows."""
+    options = dict(step_size=0.01, warmup=60)
+    run = mala(double_well, 0.3 * normal(5, 2), n_steps=200, generator=generator(10), **options)
+    source = generator(10)
+    first = mala(double_well, 0.3 * normal(5, 2), n_steps=1, generator=source, **options)
+    assert first.step_size == run.step_size
+    rest = mala(
+        double_well,
+        first.samples[0],
+        n_steps=199,
+        step_size=first.step_size,
+        target_acceptance=None,
+        generator=source,
+    )
+    torch.testing.assert_close(rest.samples, run.samples[1:], rtol=0, atol=0)
+    assert 0 < float(run.acceptance.mean()) < 1
+
+
+def test_what_an_offset_of_the_energy_costs_in_float32():
+    """As the docstring says: nothing to speak of at 1e5, everything at 1e7, where float32 numbers are 1 apart."""
+
+    def variances(offset, dtype):
+        start = normal(1500, 2).to(dtype)
+        options = dict(step_size=1.0, n_steps=150, target_acceptance=None, generator=generator(11))
+        return mala(lambda z: quadratic(z) + offset, start, **options).samples.square().mean((0, 2)).numpy()
+
+    assert_z(variances(1e5, torch.float32), 1.0)
+    assert_z(variances(1e7, torch.float64), 1.0)
+    with pytest.raises(AssertionError, match="z ="):
+        assert_z(variances(1e7, torch.float32), 1.0)
+
+
 def test_one_gradient_a_step():
     calls = []
 
@@ -337,7 +426,7 @@ def test_chains_have_the_promised_shapes_and_repeat(sampler):
     a, b = run(0), run(0)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert a.samples.shape == (9, 6, 3) and a.energy.shape == (9, 6) and a.acceptance.shape == (6,)
-    assert a.ess.shape == a.r_hat.shape == (3,)
+    assert a.ess.shape == a.r_hat.shape == a.rank_r_hat.shape == (3,)
     torch.testing.assert_close(a.samples, b.samples, rtol=0, atol=0)
     torch.testing.assert_close(a.energy, quadratic(a.samples.flatten(0, 1)).reshape(9, 6))
     assert not torch.equal(a.samples, run(1).samples)
@@ -380,10 +469,15 @@ def test_energies_with_parameters_keep_their_gradients_clean():
         ({"n_steps": 0}, "n_steps at least thin"),
         ({"thin": 0}, "thin must be"),
         ({"warmup": -1}, "warmup not negative"),
+        ({"n_steps": 20.0}, "whole numbers"),
+        ({"energy": lambda z: torch.zeros(len(z))}, "energy must depend on z"),
+        ({"energy": lambda z: quadratic(z.detach())}, "energy must depend on z"),
+        ({"energy": torch.no_grad()(quadratic)}, "energy must depend on z"),
+        ({"energy": lambda z: torch.ones(len(z), requires_grad=True)}, "energy must depend on z"),  # parameters alone
         ({"z0": torch.zeros(3)}, "z0 must be"),
         ({"z0": torch.zeros(0, 2)}, "z0 must be"),
         ({"z0": torch.zeros(3, 2, dtype=torch.long)}, "z0 must be"),
-        ({"z0": torch.full((3, 2), math.nan)}, "z0 must be"),
+        ({"z0": torch.full((3, 2), math.nan)}, "z0 must be finite"),
         ({"energy": lambda z: z.square()}, "energy must map"),
         ({"energy": lambda z: z.square().sum()}, "energy must map"),
         ({"energy": lambda z: quadratic(z) * math.nan}, "energy must be finite"),
@@ -415,6 +509,13 @@ def test_a_chain_that_runs_away_is_stopped():
         mala(lambda z: z.tanh().square().sum(1), torch.zeros(9, 2), step_size=1.0, n_steps=9, warmup=2000)
     with pytest.raises(FloatingPointError, match="limit=5"):
         mala(lambda z: -z[:, 0], torch.zeros(9, 1), step_size=1.0, n_steps=99, limit=5, generator=generator())
+
+
+def test_a_density_that_is_none_may_pass_unnoticed_but_for_r_hat():
+    """U = -z²/2 holds no chain, and outward steps are refused: there is no FloatingPointError to wait for."""
+    run = mala(lambda z: -quadratic(z), normal(60, 2), step_size=1.0, n_steps=2000, generator=generator(12))
+    assert float(run.acceptance.mean()) < 0.1
+    assert float(run.r_hat.min()) > 3
 
 
 def autoregressive(phi, n, chains, seed=0):
@@ -476,12 +577,60 @@ def test_diagnostics_see_chains_in_different_places_and_on_their_way():
     torch.testing.assert_close(effective_sample_size(100 * z - 7), ess)
 
 
-@pytest.mark.parametrize("diagnostic", [split_rhat, effective_sample_size])
+def four_chains_of_different_widths():
+    z = normal(1000, 4, 1, seed=13)
+    z -= z.reshape(2, 500, 4, 1).mean(1).repeat_interleave(500, 0)  # all halves have the mean 0
+    return z * torch.tensor([1.0, 1.0, 1.0, 10.0]).double()[:, None]
+
+
+def test_only_the_rank_normalised_r_hat_sees_chains_of_different_widths():
+    z = four_chains_of_different_widths()
+    assert float(split_rhat(z)) == pytest.approx(math.sqrt(1 - 1 / 500))  # B = 0, whatever the widths
+    assert float(rank_rhat(z)) > 1.1
+    assert float(rank_rhat(normal(1000, 4, 1, seed=13))) < 1.01
+
+
+def test_the_rank_normalised_r_hat_of_chains_in_two_places():
+    """No overlap: the scores are the halves of a normal, of mean ±sqrt(2/π) and variance 1 - 2/π, in any distance."""
+    for distance in (10, 1e6):
+        z = normal(2000, 40, 1) + distance * torch.tensor([1.0, -1.0]).double().repeat(20)[:, None]
+        # The variance of 80 means of two values is 80 / 79 times that of two.
+        assert float(rank_rhat(z)) == pytest.approx(math.sqrt(1 + 80 / 79 * 2 / (math.pi - 2)), rel=0.01)
+
+
+def reference_rank_rhat(z):
+    """By SciPy's ranks and quantiles, one coordinate, (n, chains)."""
+    half = len(z) // 2
+    parts = np.concatenate([z[:half], z[len(z) - half :]], 1)
+
+    def r_hat(v):
+        scores = norm.ppf((rankdata(v).reshape(v.shape) - 0.375) / (v.size + 0.25))  # equal ones: their mean rank
+        within = scores.var(0, ddof=1).mean()
+        return math.sqrt(((half - 1) / half * within + scores.mean(0).var(ddof=1)) / within)
+
+    return max(r_hat(parts), r_hat(np.abs(parts - np.median(parts))))
+
+
+@pytest.mark.parametrize(("n", "chains", "shift"), [(201, 3, 0.0), (60, 2, 1.0), (9, 1, 0.0)])
+@pytest.mark.parametrize("change", [lambda z: z, torch.round, lambda z: z**3, lambda z: z * z.cumsum(1)])
+def test_the_rank_normalised_r_hat_agrees_with_scipys_ranks(n, chains, shift, change):
+    z = change(autoregressive(0.6, n, chains, seed=14) + shift * torch.arange(chains)[:, None])
+    close(rank_rhat(torch.cat([z, -z], 2)), [reference_rank_rhat(z[..., 0].numpy())] * 2)
+
+
+def test_the_rank_normalised_r_hat_of_heavy_tails_and_of_two_values():
+    tails = torch.distributions.Cauchy(0.0, 1.0).icdf(torch.rand(2000, 4, 1, generator=generator(15)))
+    assert float(rank_rhat(tails)) < 1.01
+    coins = normal(200, 4, 1, seed=16).sign()  # all at the same distance from the middle
+    assert float(rank_rhat(coins)) == pytest.approx(float(split_rhat(coins)), abs=1e-12)
+
+
+@pytest.mark.parametrize("diagnostic", [split_rhat, rank_rhat, effective_sample_size])
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (torch.zeros(9, 2), "samples must be finite"),
-        (torch.zeros(7, 2, 1), "samples must be finite"),
+        (torch.zeros(9, 2), "samples must have shape"),
+        (torch.zeros(7, 2, 1), "samples must have shape"),
         (torch.full((9, 2, 1), math.nan), "samples must be finite"),
         (torch.ones(9, 2, 1), "samples must vary"),
     ],
@@ -523,3 +672,32 @@ def test_latent_energies_refuse_what_they_cannot_do():
         latent_energy(quadratic, bend, term="both")
     with pytest.raises(ValueError, match="at least 2 numbers"):
         latent_energy(quadratic, lambda z: z[:, :1], term="jacobian")(normal(3, 2))
+    dead = torch.nn.Linear(2, 3)
+    for decode in (
+        lambda z: torch.ones(len(z), 3),
+        lambda z: bend(z.detach()),
+        torch.no_grad()(bend),
+        lambda z: dead(torch.zeros_like(z)),  # a graph, but none to z
+    ):
+        with pytest.raises(ValueError, match="decode must depend on z"):
+            latent_energy(quadratic, decode, term="jacobian")(normal(3, 2).float())
+
+
+def test_where_a_generator_is_flat_the_energy_of_its_codes_is_infinite_and_no_chain_goes_there():
+    """Beyond |z| = 1 the generator stands still: no area there, and chains keep to the disc, where x is N(0, I)."""
+
+    def decode(z):
+        return z / z.square().sum(1, keepdim=True).sqrt().clamp(min=1)
+
+    flat = latent_energy(quadratic, lambda z: 0 * z, term="jacobian")
+    assert (flat(normal(3, 2)) == math.inf).all()
+    with pytest.raises(ValueError, match=r"energy must be finite.*inf"):
+        mala(flat, normal(3, 2), step_size=0.1, n_steps=5)
+    run = mala(
+        latent_energy(quadratic, decode, term="jacobian"),
+        0.3 * normal(4, 2).clamp(-1, 1),
+        step_size=0.4,
+        n_steps=300,
+        generator=generator(17),
+    )
+    assert float(run.samples.norm(dim=2).max()) < 1 + 1e-9 and float(run.acceptance.min()) < 1
