@@ -186,7 +186,8 @@ def measure(model: nn.Module, images: data.Images, *, seed: int, n: int = 10_000
         mu, logvar = metrics.in_batches(model.posterior, images.x_test)
         codes = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator)
         binary = torch.bernoulli(data.to_unit(images.x_test[:1000]), generator=generator)
-        nll = variational.importance_weighted_nll(model, binary, samples=200, generator=generator)
+        options = {"samples": 200, "proposal": "posterior", "generator": generator}
+        nll = variational.importance_weighted_nll(model, binary, **options).nll
         split = variational.encoder_information(mu, logvar, generator=generator)
         measured |= {
             "NLL of binarised images": float(nll.mean()),

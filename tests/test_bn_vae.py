@@ -596,7 +596,7 @@ def test_a_study_runs_and_says_what_it_did(name):
     assert all(math.isfinite(v) for v in outcome.metrics.values()) and outcome.samples == 1280
     assert {"NLL", "KL", "gain from z", "active units"} <= set(outcome.metrics)
     assert json.dumps(found.settings("digits", "short")) and found.settings("digits", "medium")["epochs"] == 2
-    assert set(study.STUDIES) == {f"bn_vae_{variant}" for variant in study.VARIANTS}
+    assert set(study.STUDIES) == {f"bn_vae_{variant}" for variant in (*study.VARIANTS, "estimates")}
 
 
 def test_the_chapters_reading_of_the_recorded_runs():
@@ -656,3 +656,11 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert values(kept, "NLL")[0] - values("gamma0.7", "NLL")[0] == pytest.approx(0.25, abs=0.01)
     assert values(kept, "KL")[0] - values(kept, "floor of the KL")[0] == pytest.approx(-0.04, abs=0.01)
     assert min(runs[kept]["metrics"][smallest]["by seed"]) > 16 * 0.49 / 2 - 1e-3  # eps
+
+
+def test_the_study_of_estimates_has_a_curve_for_each_model_and_proposal():
+    torch.set_default_dtype(torch.float32)
+    outcome = study.STUDIES["bn_vae_estimates"].run("digits", "short", 0, torch.device("cpu"))
+    assert set(outcome.curves) == {f"{m}, {p}" for m in study.ESTIMATED.values() for p in variational.PROPOSALS}
+    assert {key: values[-1] for key, values in outcome.curves.items()} == outcome.metrics
+    assert all(len(v) == len(study.DRAWS["short"]) and all(map(math.isfinite, v)) for v in outcome.curves.values())

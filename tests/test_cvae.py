@@ -234,18 +234,18 @@ def test_the_best_product_misses_the_total_correlation():
 
 def test_a_conditional_likelihood_by_importance_weights():
     model, x, y = labelled(), binary(), torch.tensor([0, 1, 2, 2, 1, 0])
-    exact = importance_weighted_nll(model, x, y, samples=200_000, generator=torch.Generator().manual_seed(0))
-    for proposal in ("posterior", "prior"):
+    exact = importance_weighted_nll(model, x, y, samples=200_000, generator=torch.Generator().manual_seed(0)).nll
+    for proposal in ("mixture", "posterior", "prior"):
         runs = torch.stack(
             [
                 importance_weighted_nll(
                     model, x, y, samples=400, proposal=proposal, generator=torch.Generator().manual_seed(s)
-                )
+                ).nll
                 for s in range(1, 13)
             ]
         )
         assert ((runs.mean(0) - exact).abs() < 0.05).all()
-    few = importance_weighted_nll(model, x, y, samples=1, generator=torch.Generator().manual_seed(0))
+    few = importance_weighted_nll(model, x, y, samples=1, generator=torch.Generator().manual_seed(0)).nll
     assert few.mean() > exact.mean() - 0.2
     with pytest.raises(ValueError, match="y must have one row"):
         importance_weighted_nll(model, x, y[:3])

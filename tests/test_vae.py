@@ -26,7 +26,7 @@ from gae_core import data, metrics, nets, train
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.vae import IWAE, VAE
 from gae_core.studies import vae as studies
-from gae_core.variational import active_units, encoder_information, importance_weighted_nll
+from gae_core.variational import PROPOSALS, WIDTHS, active_units, encoder_information, importance_weighted_nll
 
 
 @pytest.fixture(autouse=True)
@@ -80,15 +80,16 @@ WRONG = {"shift": 0.3, "log_ratio": 0.4}
 def test_with_the_posterior_as_proposal_the_likelihood_is_exact_for_any_number_of_samples(samples):
     model, density = linear_gaussian()
     x = 2 * torch.randn(20, PIXELS)
-    nll = importance_weighted_nll(model, x, samples=samples, generator=seeded())
+    nll = importance_weighted_nll(model, x, samples=samples, generator=seeded(), proposal="posterior").nll
     torch.testing.assert_close(nll, -density.log_prob(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("samples", [1, 5])
-def test_the_weights_mean_is_unbiased_for_the_density(samples):
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("samples", [1, 3, 5])
+def test_the_weights_mean_is_unbiased_for_the_density(samples, proposal):
     model, density = linear_gaussian(**WRONG)
-    x = torch.randn(1, PIXELS).expand(4000, -1)
-    nll = importance_weighted_nll(model, x, samples=samples, generator=seeded())
+    x = 0.5 * torch.randn(1, PIXELS).expand(4000, -1)
+    nll = importance_weighted_nll(model, x, samples=samples, proposal=proposal, generator=seeded()).nll
     assert_z((-nll - density.log_prob(x)).exp(), 1.0)
 
 
@@ -96,7 +97,10 @@ def test_with_a_wrong_proposal_it_falls_to_the_likelihood_from_above():
     model, density = linear_gaussian(**WRONG)
     x = torch.randn(1, PIXELS).expand(1000, -1)
     truth = float(-density.log_prob(x[0]))
-    excess = {s: importance_weighted_nll(model, x, samples=s, generator=seeded(s)) - truth for s in (1, 3, 12, 100)}
+    excess = {
+        s: importance_weighted_nll(model, x, samples=s, generator=seeded(s), proposal="posterior").nll - truth
+        for s in (1, 3, 12, 100)
+    }
     assert_z(excess[1], gap(**WRONG))  # one sample: the evidence lower bound
     for few, many in itertools.pairwise(excess.values()):
         difference = few - many
@@ -107,12 +111,14 @@ def test_with_a_wrong_proposal_it_falls_to_the_likelihood_from_above():
     assert_z(excess[100], (float(terms.prod()) - 1) / 200)
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("chunk_size", [1, 7, 60, 61])
-def test_chunks_do_not_change_the_value(chunk_size):
+def test_chunks_do_not_change_the_value(chunk_size, proposal):
     model, _ = linear_gaussian(**WRONG)
     x = torch.randn(11, PIXELS)
     whole, parts = (
-        importance_weighted_nll(model, x, samples=20, chunk_size=c, generator=seeded()) for c in (10_000, chunk_size)
+        importance_weighted_nll(model, x, samples=20, proposal=proposal, chunk_size=c, generator=seeded()).nll
+        for c in (10_000, chunk_size)
     )
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
 
@@ -120,7 +126,10 @@ def test_chunks_do_not_change_the_value(chunk_size):
 def test_bytes_are_binary_images():
     model = bernoulli_vae().float()
     black_and_white = (255 * BINARY).to(torch.uint8)
-    nll = [importance_weighted_nll(model, x, samples=3, generator=seeded()) for x in (black_and_white, BINARY.float())]
+    nll = [
+        importance_weighted_nll(model, x, samples=3, generator=seeded(), proposal="posterior").nll
+        for x in (black_and_white, BINARY.float())
+    ]
     assert torch.equal(*nll)
     with pytest.raises(ValueError, match="x must have entries 0 and 1 alone"):
         importance_weighted_nll(model, black_and_white // 2)
@@ -131,7 +140,7 @@ def test_the_likelihood_stays_finite_where_the_density_underflows():
     x = torch.full((1, PIXELS), 1e3)
     truth = -density.log_prob(x)
     assert truth > 1e5
-    torch.testing.assert_close(importance_weighted_nll(model, x, samples=3), truth)
+    torch.testing.assert_close(importance_weighted_nll(model, x, samples=3, proposal="posterior").nll, truth)
 
 
 def bernoulli_vae():
@@ -142,15 +151,20 @@ def bernoulli_vae():
 BINARY = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64).view(16, 1, 2, 2)
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("samples", [1, 10])
-def test_bernoulli_likelihood_agrees_with_quadrature_over_the_code(samples):
+def test_bernoulli_likelihood_agrees_with_quadrature_over_the_code(samples, proposal):
     model = bernoulli_vae()
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(80))
     mean = model.decode(nodes[:, None]).detach()  # (80, 1, 2, 2)
     p = torch.where(BINARY[:, None] == 1, mean, 1 - mean).flatten(2).prod(2) @ (weights / weights.sum())
     assert float(p.sum()) == pytest.approx(1, abs=1e-12)
     x = BINARY.repeat(500, 1, 1, 1)
-    estimates = (-importance_weighted_nll(model, x, samples=samples, generator=seeded())).exp().view(500, 16)
+    estimates = (
+        (-importance_weighted_nll(model, x, samples=samples, proposal=proposal, generator=seeded()).nll)
+        .exp()
+        .view(500, 16)
+    )
     for estimate, exact in zip(estimates.T, p, strict=True):
         assert_z(estimate, float(exact))
 
@@ -166,6 +180,77 @@ def test_importance_weighted_nll_rejects_numbers_below_one(name):
 def test_a_weight_that_is_not_finite_is_an_error():
     with pytest.raises(ValueError, match="model must give finite weights, it does not for 1 rows"):
         importance_weighted_nll(linear_gaussian()[0], torch.tensor([[0.0] * PIXELS, [math.nan] * PIXELS]))
+
+
+SPIKE = {"shift": 0.0, "log_ratio": 2 * math.log(1e-3)}  # the right mean, a thousandth of the right width
+
+
+@pytest.mark.checks("def-bn_vae-mixture", how="statistical")
+def test_a_spike_for_a_proposal_hides_the_likelihood_and_a_mixture_finds_it():
+    model, density = linear_gaussian(**SPIKE)
+    x = 0.5 * torch.randn(200, PIXELS)
+    truth = -density.log_prob(x)
+    spike, mixture = (
+        importance_weighted_nll(model, x, samples=512, proposal=proposal, generator=seeded())
+        for proposal in ("posterior", "mixture")
+    )
+    assert float((spike.nll - truth).mean()) > 4 * DIM  # nats, and the doubling does not notice
+    assert float((spike.halved - spike.nll).mean()) < 1
+    assert float((mixture.nll - truth).mean()) < 0.2
+    assert_z((truth - mixture.nll).exp(), 1.0)
+
+
+@pytest.mark.checks("eq-bn_vae-spike", how="statistical")
+@pytest.mark.parametrize("samples", [8, 512])
+def test_what_a_spike_costs(samples):
+    """One coordinate, seen without noise but for its own; the law of the excess has no free parameter."""
+    model, density = linear_gaussian(**SPIKE)
+    x = 0.5 * torch.randn(400, PIXELS)
+    excess = importance_weighted_nll(model, x, samples=samples, proposal="posterior", generator=seeded()).nll
+    excess = excess + density.log_prob(x)
+    eps = torch.randn(4000, samples, DIM, generator=seeded(1), dtype=torch.float64)
+    gain = (0.5 * eps.square().sum(2)).logsumexp(1) - math.log(samples)
+    expected = -0.5 * DIM * SPIKE["log_ratio"] - float(gain.mean())
+    noise = math.hypot(float(excess.std()) / 20, float(gain.std()) / math.sqrt(4000))
+    assert abs(float(excess.mean()) - expected) < 4 * noise
+    assert noise < 0.3 < expected
+
+
+@pytest.mark.checks("eq-bn_vae-defensive", how="exact")
+def test_a_mixtures_second_moment_is_at_most_four_times_the_best():
+    """By quadrature over a code of one dimension: p(x | z) a bump, q a spike beside it."""
+    z = torch.linspace(-12, 12, 240_001)
+
+    def normal(m, s):
+        return torch.distributions.Normal(m, s).log_prob(z)
+
+    def second(joint, log_r):  # of the weight under draws from r
+        return float(torch.trapezoid((2 * joint - log_r).clamp(max=500).exp(), z))
+
+    for mean, sigma, width, place in ((0.4, 1e-2, 0.5, 0.3), (2.0, 0.8, 0.2, -1.0), (0.0, 1.0, 3.0, 0.0)):
+        joint = normal(place, width) + normal(0.0, 1.0)  # log p(x | z) p(z)
+        each = [normal(mean, s) for s in (sigma, max(sigma, WIDTHS[0]), max(sigma, WIDTHS[1]))] + [normal(0.0, 1.0)]
+        mixture = torch.stack(each).logsumexp(0) - math.log(4)
+        of_each = [second(joint, log_r) for log_r in each]
+        assert second(joint, mixture) <= 4 * min(of_each) * (1 + 1e-9)
+        assert float((joint - mixture).max()) <= float(normal(place, width).max()) + math.log(4) + 1e-12
+        if sigma == 1e-2:
+            assert of_each[0] > 1e6 * second(joint, mixture)  # the spike alone
+
+
+def test_doubling_never_raises_the_estimate_on_its_own_draws():
+    model, _ = linear_gaussian(**WRONG)
+    for samples in (2, 8, 64):
+        found = importance_weighted_nll(model, torch.randn(50, PIXELS), samples=samples, generator=seeded())
+        assert (found.halved >= found.nll).all() and (found.halved > found.nll).any()
+    assert importance_weighted_nll(model, torch.randn(3, PIXELS), samples=1).halved is None
+
+
+def test_another_proposal_or_model_is_refused():
+    with pytest.raises(ValueError, match="proposal must be one of mixture, posterior, prior, got 'uniform'"):
+        importance_weighted_nll(linear_gaussian()[0], torch.zeros(2, PIXELS), proposal="uniform")
+    with pytest.raises(ValueError, match=r"model must have log_joint\(x, z\), as a VAE has, got a Linear"):
+        importance_weighted_nll(torch.nn.Linear(2, 2), torch.zeros(2, 2))
 
 
 # --- constants ---
@@ -293,7 +378,7 @@ def test_training_reaches_the_maximum_of_the_likelihood():
         optimizer.zero_grad()
         model.loss(x, generator=noise).total.mean().backward()
         optimizer.step()
-    nll = importance_weighted_nll(model, x, samples=50, generator=noise).mean()
+    nll = importance_weighted_nll(model, x, samples=50, generator=noise, proposal="posterior").nll.mean()
     assert best - 1e-3 < nll < best + 0.01
 
 
@@ -811,7 +896,9 @@ def test_a_linear_vae_switches_off_the_codes_that_it_does_not_need():
         each = 0.5 * (mu.square() + logvar.exp() - logvar - 1).mean(0)
         expected = 0.5 * eigenvalues[:2].log().sum()
         torch.testing.assert_close(each.sum().detach(), expected, atol=0.05, rtol=0)
-        bounds.append(float(importance_weighted_nll(model, x, samples=20, generator=noise).mean()))
+        bounds.append(
+            float(importance_weighted_nll(model, x, samples=20, generator=noise, proposal="posterior").nll.mean())
+        )
     assert bounds[1] == pytest.approx(bounds[0], abs=0.02)
 
 
@@ -1042,7 +1129,9 @@ def test_a_log_variance_of_minus_hundred_is_an_ordinary_code(dtype):
     loss = with_logvar(-100.0, dtype).loss(x)
     torch.testing.assert_close(loss.kl, torch.full((3,), DIM * 49.5, dtype=dtype))
     assert torch.isfinite(loss.total).all()
-    assert torch.isfinite(importance_weighted_nll(with_logvar(-100.0, dtype), x, samples=3)).all()
+    assert torch.isfinite(
+        importance_weighted_nll(with_logvar(-100.0, dtype), x, samples=3, proposal="posterior").nll
+    ).all()
 
 
 def test_a_log_variance_of_hundred_is_finite_in_double_precision_and_an_error_in_single(tmp_path):

@@ -162,16 +162,9 @@ class CVAE(VAE):
         """
         if proposal not in ("posterior", "prior"):
             raise ValueError(f'proposal must be "posterior" or "prior", got {proposal!r}')
-        self._refuse_grey(x)
-        m, s = (v[:, None] for v in self.prior(y, x))
-        mu, logvar = (m, s) if proposal == "prior" else (v[:, None] for v in self.posterior(x, y))
-        z = mu + (0.5 * logvar).exp() * eps
-        rows, conditions = (v.repeat_interleave(eps.shape[1], dim=0) for v in (x, y))
-        log_weights = self.log_likelihood(rows, z.flatten(0, 1), conditions).view(eps.shape[:2])
-        if proposal == "prior":
-            return log_weights
-        log_p = standard_normal_log_prob((z - m) * (-0.5 * s).exp()) - 0.5 * s.sum(-1)
-        return log_weights + log_p - standard_normal_log_prob(eps) + 0.5 * logvar.sum(-1)
+        mu, logvar = (v[:, None] for v in (self.posterior(x, y) if proposal == "posterior" else self.prior(y, x)))
+        log_proposal = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
+        return self.log_joint(x, mu + (0.5 * logvar).exp() * eps, y) - log_proposal
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
         """Loss on a batch with one z for each x, its noise from ``generator``."""

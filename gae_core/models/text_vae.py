@@ -109,11 +109,18 @@ class TextVAE(nn.Module):
             eps: standard normal noise, (batch, samples, dim), from which z is made.
         """
         mu, logvar = (v[:, None] for v in self.posterior(x))
-        z = mu + (0.5 * logvar).exp() * eps
         log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
-        rows = x.repeat_interleave(eps.shape[1], dim=0)
-        log_likelihood = self.log_likelihood(rows, z.flatten(0, 1)).view(eps.shape[:2])
-        return log_likelihood + standard_normal_log_prob(z) - log_q
+        return self.log_joint(x, mu + (0.5 * logvar).exp() * eps) - log_q
+
+    def prior(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance of p(z) for each row of ``like``, each (batch, dim); no ``y`` is used."""
+        zeros = torch.zeros(len(like), self.dim, device=like.device)
+        return zeros, zeros
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """Logarithms of p(x, z), (batch, samples), for each sentence at its codes z (batch, samples, dim)."""
+        rows = x.repeat_interleave(z.shape[1], dim=0)
+        return self.log_likelihood(rows, z.flatten(0, 1)).view(z.shape[:2]) + standard_normal_log_prob(z)
 
     def loss(
         self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None, player: str = ""

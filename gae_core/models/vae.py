@@ -155,13 +155,27 @@ class VAE(Autoencoder):
         Raises:
             ValueError: if ``x`` has no Bernoulli likelihood.
         """
-        self._refuse_grey(x)
         mu, logvar = (v[:, None] for v in self.posterior(x))
-        z = mu + (0.5 * logvar).exp() * eps
         log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
-        rows = x.repeat_interleave(eps.shape[1], dim=0)
-        log_likelihood = self.log_likelihood(rows, z.flatten(0, 1)).view(eps.shape[:2])
-        return log_likelihood + standard_normal_log_prob(z) - log_q
+        return self.log_joint(x, mu + (0.5 * logvar).exp() * eps) - log_q
+
+    def prior(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance of p(z) for each row of ``like``, each (batch, dim); no ``y`` is used."""
+        zeros = torch.zeros(len(like), self.dim, dtype=like.dtype, device=like.device)
+        return zeros, zeros
+
+    def log_joint(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Logarithms of p(x, z), (batch, samples), for each x (batch, ...) at its codes z (batch, samples, dim).
+
+        Raises:
+            ValueError: if ``x`` has no Bernoulli likelihood.
+        """
+        self._refuse_grey(x)
+        condition = () if y is None else (y.repeat_interleave(z.shape[1], dim=0),)
+        rows = x.repeat_interleave(z.shape[1], dim=0)
+        log_likelihood = self.log_likelihood(rows, z.flatten(0, 1), *condition).view(z.shape[:2])
+        m, s = (v[:, None] for v in self.prior(y, x))
+        return log_likelihood + standard_normal_log_prob((z - m) * (-0.5 * s).exp()) - 0.5 * s.sum(-1)
 
     def _refuse_grey(self, x: Tensor) -> None:
         """Raise a ValueError if ``x`` has no likelihood."""

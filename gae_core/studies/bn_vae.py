@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from gae_core.records import Outcome, Study
 DIM, HIDDEN, BATCH, LR = 16, 256, 128, 2e-3
 EPOCHS = {"short": 1, "medium": 2, "full": 20}
 ROWS = {"short": 1280, "medium": 60_000, "full": 60_000}
-TEST = {"short": (50, 4), "medium": (500, 50), "full": (5000, 500)}  # images and samples of the likelihood
+TEST = {"short": (50, 8), "medium": (500, 256), "full": (5000, 512)}  # images and samples of the likelihood
 
 
 def binary_images(images: data.Images, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,8 @@ def measure(model: AutoregressiveVAE, x: Tensor, *, images: int, samples: int, s
     info = variational.encoder_information(mu, logvar, generator=generator)
     nll = variational.importance_weighted_nll(model, x[:images], samples=samples, generator=generator)
     return {
-        "NLL": float(nll.mean()),
+        "NLL": float(nll.nll.mean()),
+        "NLL, fall on doubling": float((nll.halved - nll.nll).mean()),
         "KL": info.kl,
         "floor of the KL": floor(model.norm),
         "mutual information": info.mutual_information,
@@ -144,6 +146,7 @@ def _settings(about: str, name: str, size: str) -> dict:
         "method": about,
         "images of the likelihood": images,
         "importance samples": samples,
+        "proposal": "mixture",
     }
 
 
@@ -168,6 +171,46 @@ def _run(options: dict, name: str, size: str, seed: int, device: torch.device) -
     )
 
 
+# ---- one model's likelihood by its proposals -------------------------------------------------------------------------
+
+ESTIMATED = {"gamma0.7": "batch norm on μ", "tau0.1": "coupled, τ = 0.1", "tau0.5": "coupled, τ = 0.5"}
+DRAWS = {"short": (2, 4), "medium": (4, 16, 64, 256, 1024), "full": (4, 16, 64, 256, 1024, 4096)}
+
+
+def _estimates_settings(name: str, size: str) -> dict:
+    settings = _settings("NLL of the same trained models by each proposal", name, size)
+    return settings | {"images of the likelihood": TEST[size][0] // 5, "importance samples": DRAWS[size]}
+
+
+def _run_estimates(name: str, size: str, seed: int, device: torch.device) -> Outcome:
+    """NLL of trained models against the number of draws, by proposal: the images are the first test images."""
+    x_train, x_test = _load(name)
+    x_train, x_test = x_train[: ROWS[size]], x_test[: TEST[size][0] // 5]
+    curves, seconds = {}, 0.0
+    figure, axes = plt.subplots(1, len(ESTIMATED), figsize=(9, 3), sharey=True, layout="constrained")
+    for ax, (variant, title) in zip(axes, ESTIMATED.items(), strict=True):
+        model, start = build(tuple(x_train.shape[1:]), seed=seed, **VARIANTS[variant][1]), time.perf_counter()
+        fit(model, x_train, epochs=EPOCHS[size], seed=seed, device=device)
+        seconds += time.perf_counter() - start
+        for proposal, mark in zip(variational.PROPOSALS, "os^", strict=True):
+            noise = torch.Generator().manual_seed(seed)
+            estimate = functools.partial(variational.importance_weighted_nll, model, x_test, generator=noise)
+            nll = [float(estimate(samples=s, proposal=proposal).nll.mean()) for s in DRAWS[size]]
+            curves[f"{title}, {proposal}"] = nll
+            ax.plot(DRAWS[size], nll, marker=mark, label=proposal)
+        ax.set(title=title, xlabel="draws", xscale="log")
+    axes[0].set(ylabel="estimate of the NLL, nats")
+    axes[-1].legend(title="proposal")
+    return Outcome(
+        metrics={key: values[-1] for key, values in curves.items()},
+        parameters=sum(p.numel() for p in model.parameters()),
+        training_seconds=seconds,
+        samples=len(ESTIMATED) * EPOCHS[size] * (len(x_train) // BATCH) * BATCH,
+        curves=curves,
+        figure=figure,
+    )
+
+
 STUDIES = {
     f"bn_vae_{name}": Study(
         about=f"posterior collapse on images: {about}",
@@ -176,4 +219,11 @@ STUDIES = {
         run=functools.partial(_run, options),
     )
     for name, (about, options) in VARIANTS.items()
+} | {
+    "bn_vae_estimates": Study(
+        about="one model's likelihood, estimated from draws of the posterior, of the prior and of a mixture",
+        data=("mnist", "digits"),
+        settings=_estimates_settings,
+        run=_run_estimates,
+    )
 }

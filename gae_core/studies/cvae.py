@@ -187,12 +187,13 @@ def _completion(name: str, size: str, seed: int, device: torch.device, *, quadra
         without = float(plain.cpu().loss(x_test, y_test).total.mean())
     model = model.cpu()
     nll = functools.partial(importance_weighted_nll, model, x_test, y_test, generator=noise)
-    weighted, bound = float(nll(samples=samples).mean()), float(nll(samples=1).mean())
+    weighted = float(nll(samples=samples, proposal="posterior").nll.mean())
+    bound = float(nll(samples=1, proposal="posterior").nll.mean())
     return Outcome(
         metrics={
             "NLL without a code": without,
             "NLL, importance weighted": weighted,
-            "NLL, by draws from the prior": float(nll(samples=samples, proposal="prior").mean()),
+            "NLL, by draws from the prior": float(nll(samples=samples, proposal="prior").nll.mean()),
             "negative bound": bound,
             "gain of the code": without - weighted,
         },
