@@ -38,7 +38,7 @@ class Images:
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """Bytes 0..255 as float32 in [0, 1]; floating tensors pass unchanged. Memory grows fourfold: do it by batch."""
+    """Bytes 0..255 as float32 in [0, 1]; floats and tokens pass unchanged. Memory grows fourfold: do it by batch."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
@@ -51,6 +51,21 @@ def data_root(root: str | Path | None = None) -> Path:
         return Path(root)
     checkout = Path(__file__).parents[1]
     return Path(os.environ.get("GAE_DATA") or (checkout if (checkout / "_toc.yml").exists() else Path()) / "data")
+
+
+SIZES = ("short", "full")  # of a notebook's run
+
+
+def size_from_environment(default: str) -> str:
+    """How long a notebook runs: the environment's ``GAE_SIZE``, "short" or "full", else the default.
+
+    Raises:
+        ValueError: for another word, which would otherwise be taken for one of the two.
+    """
+    size = os.environ.get("GAE_SIZE") or default
+    if size not in SIZES:
+        raise ValueError(f"GAE_SIZE must be {' or '.join(SIZES)}, or not set, got {size!r}")
+    return size
 
 
 def _digits() -> Images:
@@ -78,7 +93,8 @@ def load(name: str, *, root: str | Path | None = None, download: bool = False) -
 
     Raises:
         ValueError: for an unknown name.
-        FileNotFoundError: if the files are not there; the message says how to get them.
+        FileNotFoundError: if the files are not there, damaged, or cannot be fetched; the message says which, and how
+            to get them.
     """
     if name == "digits":
         return _digits()
@@ -88,17 +104,40 @@ def load(name: str, *, root: str | Path | None = None, download: bool = False) -
 
     root = data_root(root)
     dataset = getattr(torchvision.datasets, _TORCHVISION[name])
-    # Files that were put there as they are published are unpacked without a network, if all are there and whole.
     folder = root / _TORCHVISION[name] / "raw"
-    packed = all(torchvision.datasets.utils.check_integrity(folder / file, md5) for file, md5 in dataset.resources)
+    archives = {folder / file: md5 for file, md5 in dataset.resources}
+    # Files that were put there as they are published are unpacked without a network, if all are there and whole.
+    broken = [path for path, md5 in archives.items() if not torchvision.datasets.utils.check_integrity(path, md5)]
+    damaged = [path for path in broken if path.exists()]
+    for unpacked in (path.with_suffix("") for path in archives):
+        if unpacked.exists() and not _whole(unpacked):
+            if download or not broken:
+                unpacked.unlink()  # or it would be taken for what is in its archive
+            damaged.append(unpacked)
+    told = f" (damaged: {', '.join(path.name for path in damaged)})" if damaged else ""
+    by_hand = f"put its four .gz files into {folder}, or name another folder with GAE_DATA"
     try:
-        train, test = (dataset(root, train=part, download=download or packed) for part in (True, False))
-    except RuntimeError as error:
+        train, test = (dataset(root, train=part, download=download or not broken) for part in (True, False))
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
+        if download:
+            why = " ".join(str(error).split())
+            raise FileNotFoundError(
+                f"{name} could not be fetched into {root}{told}: {why} Without a network, {by_hand}"
+            ) from error
         raise FileNotFoundError(
-            f"{name} is not in {root}: run `python -m gae_core data {name}`, or put its four .gz files into "
-            f"{folder}, or name another folder with GAE_DATA"
+            f"{name} is not in {root}{told}: run `python -m gae_core data {name}`, or {by_hand}"
         ) from error
     return Images(name, train.data[:, None], train.targets, test.data[:, None], test.targets)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file in MNIST's format is as long as its head says: two zeros, type, dimensions, sizes, bytes."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if len(head) < 8 or head[:3] != b"\0\0\x08":
+        return False
+    sizes = [int.from_bytes(head[i : i + 4], "big") for i in range(4, 4 + 4 * head[3], 4)]
+    return path.stat().st_size == 4 * (1 + len(sizes)) + math.prod(sizes)
 
 
 def example_images(*, root: str | Path | None = None) -> Images:
@@ -129,8 +168,10 @@ def stack(images: Images, digits: int = 3, *, train: int, test: int, seed: int =
         Images (n, digits, height, width) named "stacked_<name>"; class 100 a + 10 b + c of the digits a, b, c.
 
     Raises:
-        ValueError: for images that have channels or other than ten classes.
+        ValueError: for images that have channels or other than ten classes, or a number below 1.
     """
+    if min(digits, train, test) < 1:
+        raise ValueError(f"digits, train and test must be at least 1, got {digits}, {train} and {test}")
     if images.shape[0] != 1 or int(images.y_train.max()) != 9:
         raise ValueError(f"images must be grey and of ten classes, got shape {images.shape}")
     generator = torch.Generator().manual_seed(seed)
@@ -144,7 +185,7 @@ def stack(images: Images, digits: int = 3, *, train: int, test: int, seed: int =
 
 @dataclass(frozen=True)
 class Toy:
-    """A density in the plane that can be sampled and evaluated.
+    """A density in the plane that can be sampled and evaluated; points of another shape raise a ValueError.
 
     Attributes:
         name: name of the toy.
@@ -161,6 +202,12 @@ class Toy:
     std: float
 
 
+def _in_the_plane(x: Tensor) -> Tensor:
+    if x.ndim != 2 or x.shape[1] != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floats of shape (n, 2), got {x.dtype} {tuple(x.shape)}")
+    return x
+
+
 def _gaussians(name: str, modes: Tensor, std: float) -> Toy:
     def sample(n: int, generator: Generator | None = None) -> Tensor:
         return modes[torch.randint(len(modes), (n,), generator=generator)] + std * torch.randn(
@@ -168,7 +215,7 @@ def _gaussians(name: str, modes: Tensor, std: float) -> Toy:
         )
 
     def log_prob(x: Tensor) -> Tensor:
-        squared = (x[:, None] - modes.to(x)).square().sum(-1)
+        squared = (_in_the_plane(x)[:, None] - modes.to(x)).square().sum(-1)
         return torch.logsumexp(-squared / (2 * std**2), 1) - math.log(2 * math.pi * std**2 * len(modes))
 
     return Toy(name, sample, log_prob, modes, std)
@@ -201,7 +248,7 @@ def _swiss_roll(std: float = 0.1) -> Toy:
         weight = torch.full_like(t, (high - low) / 2400 * 2 / 3)
         weight[1::2] *= 2
         weight[[0, -1]] /= 2
-        squared = torch.cdist(x.double(), curve(t)).square()
+        squared = torch.cdist(_in_the_plane(x).double(), curve(t)).square()
         log_integral = torch.logsumexp(-squared / (2 * std**2) + weight.log(), 1)
         return (log_integral - math.log((high - low) * 2 * math.pi * std**2)).to(x.dtype)
 
@@ -220,7 +267,7 @@ def _rings(std: float = 0.1) -> Toy:
 
     def log_prob(x: Tensor) -> Tensor:
         # Averaging the Gaussian over the angle gives the Bessel function I_0; i0e is I_0(u) exp(-u).
-        norm, radius = torch.linalg.vector_norm(x, dim=-1, keepdim=True), radii.to(x)
+        norm, radius = torch.linalg.vector_norm(_in_the_plane(x), dim=-1, keepdim=True), radii.to(x)
         log_ring = torch.special.i0e(norm * radius / std**2).log() - (norm - radius) ** 2 / (2 * std**2)
         return torch.logsumexp(log_ring, 1) - math.log(3 * 2 * math.pi * std**2)
 

@@ -139,6 +139,52 @@ def test_incomplete_files_are_not_completed_from_the_network(damage, published, 
         data.load("mnist", root=raw.parents[1], download=True)  # asked for: then it is tried
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    """A mirror that answers nothing: the port is closed."""
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+def test_a_fetch_that_fails_says_why_and_does_not_advise_itself(tmp_path, offline):
+    with pytest.raises(
+        FileNotFoundError, match=r"could not be fetched .*Connection refused.* four \.gz files"
+    ) as error:
+        data.load("mnist", root=tmp_path, download=True)
+    assert "python -m gae_core" not in str(error.value)
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_a_damaged_archive_is_named(download, published, offline):
+    raw, _ = published
+    file = raw / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(FileNotFoundError, match=r"\(damaged: t10k-labels-idx1-ubyte\.gz\)"):
+        data.load("mnist", root=raw.parents[1], download=download)
+
+
+@pytest.mark.parametrize("length", [0, 5, 700])
+@pytest.mark.parametrize("download", [True, False])
+def test_a_damaged_file_is_unpacked_again_where_the_archives_are_whole(length, download, published, no_network):
+    raw, arrays = published
+    data.load("mnist", root=raw.parents[1])
+    file = raw / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:length])
+    images = data.load("mnist", root=raw.parents[1], download=download)
+    assert (images.x_train[:, 0].numpy() == arrays["train"][0]).all() and no_network == []
+
+
+def test_a_damaged_file_without_its_archive_is_named_and_kept(published, no_network):
+    raw, _ = published
+    data.load("mnist", root=raw.parents[1])
+    for archive in raw.glob("*.gz"):
+        archive.unlink()
+    file = raw / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match=r"\(damaged: train-images-idx3-ubyte\): run `python -m"):
+        data.load("mnist", root=raw.parents[1])
+    assert file.exists() and no_network == []
+
+
 def test_example_images_are_the_digits_where_there_is_no_mnist_and_say_so(tmp_path, no_network, capsys):
     images = data.example_images(root=tmp_path)
     assert images.name == "digits" and no_network == []
@@ -284,6 +330,32 @@ def test_rings_are_the_integral_over_the_angle(radius):
 
 def test_curves_have_no_modes():
     assert data.toy("swiss_roll").modes is None and data.toy("rings").modes is None
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("shape", [(5, 3), (5, 1), (2,), (5, 2, 2)])
+def test_points_that_are_not_in_the_plane_are_named(name, shape):
+    with pytest.raises(ValueError, match=r"x must be floats of shape \(n, 2\), got torch.float32"):
+        data.toy(name).log_prob(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("options", [dict(digits=0), dict(train=0), dict(test=-1)])
+def test_stacks_of_nothing_are_named(options):
+    with pytest.raises(ValueError, match="digits, train and test must be at least 1, got"):
+        data.stack(data.load("digits"), **{"train": 5, "test": 5, **options})
+
+
+@pytest.mark.parametrize("word", ["Short", "tiny", "medium", "FULL", " short"])
+def test_a_size_that_is_mistyped_is_named(word, monkeypatch):
+    monkeypatch.setenv("GAE_SIZE", word)
+    with pytest.raises(ValueError, match=f"GAE_SIZE must be short or full, or not set, got '{word}'"):
+        data.size_from_environment("short")
+
+
+def test_the_size_is_the_environments_else_the_default(monkeypatch):
+    for given, expected in (("short", "short"), ("full", "full"), ("", "full"), (None, "full")):
+        monkeypatch.delenv("GAE_SIZE", raising=False) if given is None else monkeypatch.setenv("GAE_SIZE", given)
+        assert data.size_from_environment("full") == expected
 
 
 def test_unknown_toys_are_named():

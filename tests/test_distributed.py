@@ -109,6 +109,12 @@ def work(folder):
         evaluated = norm.eval()(parallel.own(z))
     rows = {"gather": mine.grad, "norm": again.grad, "normalised": out.detach(), "evaluated": evaluated}
     results["parts"] = {name: parallel.gather(value) for name, value in rows.items()} | norm.state_dict()
+    spoilt, norm = parallel.own(z).clone(), CodeBatchNorm(DIM).double()
+    if rank == size - 1:
+        spoilt[-1, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="running averages are as before"):
+        norm(spoilt)  # in all processes, or the others would wait for ever
+    results["parts"]["averages after a NaN"] = norm.running_mean
     generator = torch.Generator().manual_seed(1)
     noise = [parallel.randn_like(parallel.own(z), generator=generator) for _ in range(2)]
     for name, norm in (("fixed", FixedScaleBatchNorm(DIM, 0.7)), ("coupled", CoupledBatchNorm(DIM, 0.4))):
