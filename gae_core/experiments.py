@@ -243,7 +243,7 @@ def run(
         )
 
     settings = {"epochs": epochs, **RECIPE, "dim": DIM}
-    what = Study(MODELS[name][0], (images.name,), lambda *_: settings, run_seed, judged=True)
+    what = Study(MODELS[name][0], (images.name,), lambda *_: settings, run_seed, judged=lambda _: images)
     return recording.record(name, what, topic="image models", seeds=seeds, size=size, device=device, out=out)
 
 

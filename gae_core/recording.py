@@ -97,7 +97,7 @@ def record(
             "samples a second": sum(total["samples"]) / sum(total["training seconds"]),
             "peak memory, MiB": max(total["peak memory, MiB"]),
             "peak memory of": "tensors on the device" if chosen.type == "cuda" else "the process since its start",
-            "classifier": judge.about(data) if study.judged else {},
+            "classifier": judge.about(study.judged(data)) if study.judged else {},
             "metrics": {  # that all seeds have: a spread of no samples is none
                 key: records.summary([run["metrics"][key] for run in found])
                 for key in found[0]["metrics"]

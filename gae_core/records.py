@@ -49,14 +49,14 @@ class Study:
         data: names of the data sets that it can run on, the first of them by default.
         settings: ``settings(data, size)``: all that runs must agree in to stand in one record, with "epochs" among it.
         run: ``run(data, size, seed, device)`` trains and measures one seed.
-        judged: whether its metrics use the classifier of the data set, whose accuracy then goes into the record.
+        judged: ``judged(data)`` gives the images whose classifier its metrics use; its accuracy goes into the record.
     """
 
     about: str
     data: tuple[str, ...]
     settings: Callable[[str, str], dict]
     run: Callable[[str, str, int, torch.device], Outcome]
-    judged: bool = False
+    judged: Callable[[str], Any] | None = None
 
 
 def read(path: Path) -> dict:

@@ -298,28 +298,101 @@ def test_codes_that_know_nothing_have_half_the_trustworthiness():
 # ---- the study ---------------------------------------------------------------------------------------------------
 
 
-def test_the_importance_estimate_is_exact_for_a_linear_decoder_and_never_above_on_average():
-    generator = torch.Generator().manual_seed(0)
-    W, mu = torch.randn(6, 2, generator=generator).double(), torch.randn(6, generator=generator).double()
-    x = torch.randn(5, 6, generator=generator).double()
-    exact = family.linear_density(x, mu, W, 0.3)
-    torch.testing.assert_close(exact, factor_log_likelihood(x, mu, W, torch.full((6,), 0.3, dtype=torch.float64)))
+def linear_model(seed=0, entries=6):
+    """A linear decoder, its parameters, data, and a variance of the noise for each entry."""
+    generator = torch.Generator().manual_seed(seed)
+    W, mu = torch.randn(entries, 2, generator=generator).double(), torch.randn(entries, generator=generator).double()
+    x = torch.randn(5, entries, generator=generator).double()
+    noise = 0.05 + torch.rand(entries, generator=generator).double()
+    return (lambda z: mu + z @ W.T), mu, W, x, noise, generator
 
-    def decode(z):
-        return mu + z @ W.T
 
-    options = {"sigma": math.sqrt(0.3), "generator": generator}
-    start = torch.zeros(5, 2).double()
-    torch.testing.assert_close(family.decoder_density(decode, x, start, draws=1, **options), exact)
-    # with a mixture as prior the proposal is not the posterior: below on average, near with many draws
+def two_components():
     means = torch.tensor([[3.0, 0], [-3, 1]], dtype=torch.float64)
-    prior = GaussianMixture(torch.full((2,), 0.5).double(), means, torch.eye(2).double().expand(2, 2, 2))
-    options = {"sigma": 2.0, "prior": prior, "generator": generator}
-    exact = family.linear_density(x[:1], mu, W, 4.0, prior)
+    return GaussianMixture(torch.tensor([0.3, 0.7]).double(), means, torch.eye(2).double().expand(2, 2, 2))
+
+
+def test_the_importance_estimate_is_exact_for_a_linear_decoder_with_a_noise_for_each_entry():
+    decode, mu, W, x, noise, generator = linear_model()
+    for variance in (torch.full((6,), 0.3).double(), noise):
+        exact = family.linear_density(x, mu, W, variance)
+        torch.testing.assert_close(exact, factor_log_likelihood(x, mu, W, variance))
+        options = {"sigma": variance.sqrt(), "generator": generator}
+        for draws in (1, 2, 20):
+            found = family.decoder_density(decode, x, torch.zeros(5, 2).double(), draws=draws, **options)
+            torch.testing.assert_close(found.values, exact)
+            assert draws == 1 or found.doubled.abs().max() < 1e-10
+    # one number is that number for all
+    one = family.decoder_density(decode, x, torch.zeros(5, 2).double(), sigma=0.7, draws=1)
+    torch.testing.assert_close(one.values, factor_log_likelihood(x, mu, W, torch.full((6,), 0.49).double()))
+
+
+def test_the_importance_estimate_is_never_above_on_average_and_says_what_doubling_changes():
+    """With a mixture as prior the proposal is not the posterior: below on average, near with many draws."""
+    decode, mu, W, x, noise, generator = linear_model()
+    prior, start = two_components(), torch.zeros(1000, 2).double()
+    options = {"sigma": (8 * noise).sqrt(), "prior": prior, "generator": generator}
+    exact = family.linear_density(x[:1], mu, W, 8 * noise, prior)
     many = family.decoder_density(decode, x[:1], start[:1], draws=100_000, **options)
-    torch.testing.assert_close(many, exact, atol=0.01, rtol=0)
-    few = family.decoder_density(decode, x[:1].expand(1000, -1), start[:1].expand(1000, -1), draws=1, **options)
-    assert few.mean() + 4 * few.std() / 1000**0.5 < exact[0]
+    torch.testing.assert_close(many.values, exact, atol=0.02, rtol=0)
+    rows = x[:1].expand(1000, -1)
+    by_draws = {draws: family.decoder_density(decode, rows, start, draws=draws, **options) for draws in (1, 2, 4)}
+    means = {draws: found.values.mean() for draws, found in by_draws.items()}
+    assert means[1] + 4 * by_draws[1].values.std() / 1000**0.5 < exact[0]
+    assert means[1] < means[2] < means[4] < exact[0]
+    for draws in (2, 4):  # the halves of these draws against as many fresh ones
+        assert_z((by_draws[draws].doubled - (by_draws[draws].values - by_draws[draws // 2].values)).numpy(), 0.0)
+        assert by_draws[draws].doubled.mean() > 0
+
+
+def test_a_large_batch_has_the_density_of_its_images():
+    """Images are taken some at a time: none is lost, none sees another's code, label or noise."""
+    decode, mu, W, _, noise, generator = linear_model()
+    rows = torch.randn(450, 6, generator=generator).double()
+    given = torch.randn(450, 6, generator=generator).double()
+    found = family.decoder_density(
+        lambda z, shift: decode(z) + shift, rows, torch.zeros(450, 2).double(), sigma=noise.sqrt(), rows=(given,)
+    )
+    torch.testing.assert_close(found.values, factor_log_likelihood(rows - given, mu, W, noise))
+
+
+def test_missing_entries_are_their_conditional_means():
+    decode, mu, W, x, noise, generator = linear_model()
+    seen = torch.tensor([True, False, True, True, False, False])
+    C = W @ W.T + noise.diag()
+    gain = torch.linalg.solve(C[seen][:, seen], C[seen])
+    exact = mu + (x - mu)[:, seen] @ gain  # of Gaussians, by the textbook
+    one = family.linear_mixture(mu, W, noise)
+    hidden = torch.where(seen, x, torch.full_like(x, math.nan))  # what is hidden is not looked at
+    torch.testing.assert_close(family.gaussian_mixture_fill(hidden, seen, *one)[:, ~seen], exact[:, ~seen])
+    options = {"sigma": noise.sqrt(), "generator": generator, "draws": 100_000}
+    found = family.decoder_fill(decode, hidden, seen, torch.zeros(5, 2).double(), **options)
+    torch.testing.assert_close(found[:, ~seen], exact[:, ~seen], atol=0.02, rtol=0)
+    # a mixture: the mean over what Bayes' rule says of the components, by sampling it
+    prior = two_components()
+    z = prior.sample(400_000, generator=generator)
+    weights = (-0.5 * ((x[0, seen] - decode(z)[:, seen]).square() / noise[seen]).sum(1)).softmax(0)
+    assert 1 / weights.square().sum() > 1000
+    exact = weights @ decode(z)
+    for found in (
+        family.gaussian_mixture_fill(hidden[:1], seen, *family.linear_mixture(mu, W, noise, prior))[0],
+        family.decoder_fill(decode, hidden[:1], seen, torch.zeros(1, 2).double(), prior=prior, **options)[0],
+    ):
+        torch.testing.assert_close(found[~seen], exact[~seen], atol=0.1, rtol=0)
+
+
+def test_odd_images_are_odd_as_a_whole_and_ranks_count_ties_half():
+    images = family.images_of("digits", "short")
+    x, y = images.x_test, images.y_test
+    odd = family.odd_images(x, y, torch.Generator().manual_seed(0))
+    assert torch.equal(odd["turned"], x.transpose(2, 3).flip(2))
+    left, right = odd["halves"][..., :4], odd["halves"][..., 4:]
+    assert torch.equal(left, x[..., :4])
+    origin = (right[:, None] == x[None, ..., 4:]).flatten(2).all(2)  # of which images it is the right half
+    assert all((origin[i] & (y != y[i])).any() for i in range(len(x)))
+    assert len(torch.unique(right.flatten(1), dim=0)) > len(x) / 4  # not a few for all
+    assert family.auroc(torch.tensor([1.0, 2]), torch.tensor([0.0, 1])) == pytest.approx(7 / 8)
+    assert family.auroc(torch.ones(3), torch.ones(4)) == 0.5
 
 
 @pytest.mark.parametrize("name", ["pca", "ppca", "k_means", "mixture", "local_pca"])
@@ -328,16 +401,16 @@ def test_exact_densities_integrate_to_one(name):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(300, 12, generator=generator)
     x[:, 1] = 0.3 * x[:, 0] + 0.1
-    size = family.SIZES["short"]
-    member = family.fit(name, x, torch.arange(300) % 10, size, 0)
+    member = family.fit(name, x, torch.arange(300) % 10, family.SIZES["short"], 0)
     # importance weights of a wide Gaussian have the mean 1
     proposal = torch.distributions.MultivariateNormal(
         x.mean(0).double(), 1.5 * torch.cov(x.T.double()) + 0.03 * torch.eye(12)
     )
     torch.manual_seed(0)
     draws = proposal.sample((20_000,))
-    weights = (member.log_density(draws, draws, None, size) - proposal.log_prob(draws)).exp()
-    assert_z(weights.numpy(), 1.0)
+    for density in filter(None, (member.log_density, member.plain_density)):
+        weights = (density(draws, draws, None, 1).values - proposal.log_prob(draws)).exp()
+        assert_z(weights.numpy(), 1.0)
 
 
 @pytest.mark.parametrize("name", family.MEMBERS)
@@ -362,18 +435,20 @@ def test_members_are_the_methods_that_they_are_named_after():
     member = family.fit("pca", x, images.y_train, size, 0)
     back = known.inverse_transform(known.transform(test.numpy()))
     torch.testing.assert_close(member.reconstruct(test, None), torch.from_numpy(back), rtol=0, atol=1e-5)
-    left = float((x - torch.from_numpy(known.inverse_transform(known.transform(x.numpy())))).square().mean())
+    left = (x - torch.from_numpy(known.inverse_transform(known.transform(x.numpy())))).square().mean(0)
     prior = fit_gaussian_mixture(member.codes(x, None).double(), 10, seed=0)
     W, mu = (torch.from_numpy(v).double() for v in (known.components_.T.copy(), known.mean_))
     W = W * (W * (member.decode(torch.eye(10)).double() - mu).T).sum(0).sign()  # the signs of the axes are free
-    expected = family.linear_density(test.double(), mu, W, left + family.NOISE**2, prior)
-    torch.testing.assert_close(member.log_density(test.double(), test, None, size), expected, rtol=0, atol=1e-3)
+    for density, variance in ((member.log_density, left), (member.plain_density, left.mean())):
+        expected = family.linear_density(test.double(), mu, W, variance + family.NOISE**2, prior)
+        torch.testing.assert_close(density(test, test, None, 1).values, expected, rtol=0, atol=2e-3)
 
     ppca = family.fit("ppca", x, images.y_train, size, 0)
     noisy = PCA(family.DIM, svd_solver="full").fit(x.double().numpy())
     covariance = torch.from_numpy(noisy.get_covariance()) * (len(x) - 1) / len(x) + family.NOISE**2 * torch.eye(64)
     normal = torch.distributions.MultivariateNormal(x.double().mean(0), covariance)
-    found = ppca.log_density(test.double(), test, None, size)
+    found = ppca.log_density(test, test, None, 1).values
+    assert ppca.plain_density is None  # one noise for all is what it is
     torch.testing.assert_close(found, normal.log_prob(test.double()), rtol=0, atol=1e-4)
     axes, values, noise = noisy.components_, noisy.explained_variance_, noisy.noise_variance_
     centred = test.double().numpy() - noisy.mean_

@@ -227,7 +227,7 @@ STUDIES = {
         ("mnist", "digits"),
         functools.partial(_settings, kind=kind, beta=beta, **more),
         functools.partial(_classes, kind=kind, beta=beta, **more),
-        judged=True,
+        judged=data.load,
     )
     for name, kind, beta, more, about in (
         ("cvae", "beside", 2.0, {}, "conditional VAE: labels beside both networks, beta = 2"),

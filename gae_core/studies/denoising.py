@@ -200,7 +200,7 @@ STUDIES = {
         ("mnist", "digits"),
         functools.partial(_settings, walkback=walkback, times=times),
         functools.partial(_run, walkback=walkback, times=times),
-        judged=True,
+        judged=data.load,
     )
     for name, walkback, times, about in (
         ("dae_walkback1", 1, 1, "denoising autoencoder without walkback"),

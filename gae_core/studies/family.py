@@ -3,13 +3,13 @@
 Each member says what it can do, as functions; what it cannot is None, and stands in no record.
 """
 
-import copy
 import dataclasses
 import functools
+import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,26 @@ HIDDEN = (256, 128)  # of the encoders; decoders and generators mirror them
 BATCH, LR = 100, 2e-3
 NOISE = 0.1  # added to the test images before their density is asked for
 NEIGHBOURS = 12  # of the trustworthiness
+# What sets one member apart from the others that share its recipe; models are built from it, and records have it.
+SETTINGS: dict[str, dict] = {
+    "gae": {"steps": 6, "step_size": 0.02, "sigma": 0.3, "second_order": False},
+    "batch_norm": {"lam": 0.0},
+    "eae": {"lam": 1.0},
+    "denoising": {"corruption": 0.3, "sigma": 0.15, "walkback": 3},
+    "vae": {"likelihood": "gaussian", "sigma": None},  # learned, from 0.3
+    "vae_fixed": {"likelihood": "gaussian", "sigma": 0.5},
+    "vae_bernoulli": {"likelihood": "bernoulli"},
+    "iwae": {"likelihood": "gaussian", "sigma": None, "samples": 5},
+    "bn_vae": {"likelihood": "gaussian", "sigma": None, "gamma": 0.7},
+    "cvae": {"likelihood": "gaussian", "sigma": None},
+    "gan": {"lr": 1e-3, "betas": (0.5, 0.9), "times": 2},
+    "meg": {"lr": 1e-3, "betas": (0.5, 0.9), "times": 2, "lam": 1.0, "surrogate": "jsd"},
+    "mixture": {"max_iter": 10, "tol": 1e-2},
+    "k_means": {"starts": 4},
+    "local_pca": {"max_steps": 100},
+    "factor_analysis": {"max_iter": 100, "tol": 1e-2},
+    "lle": {"n_neighbors": 30},
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class Size:
         epochs: passes of the networks over the training images.
         density: test images whose density is estimated.
         draws: importance samples for each of them.
+        probe: test images for what is odd, and for what is missing.
     """
 
     rows: int
@@ -54,18 +75,32 @@ class Size:
     epochs: int
     density: int
     draws: int
+    probe: int
 
 
 SIZES = {
-    "short": Size(400, 100, 1, 10, 10),
-    "medium": Size(10_000, 2_000, 20, 200, 200),
-    "full": Size(60_000, 10_000, 200, 1000, 1000),
+    "short": Size(400, 100, 1, 10, 10, 40),
+    "medium": Size(10_000, 2_000, 20, 2_000, 100, 500),
+    "full": Size(60_000, 10_000, 200, 10_000, 1000, 2_000),
 }
 
 
 def size_of(data_name: str, size: str) -> Size:
     """A size, with more epochs for the few digits, so that as many batches are seen."""
     return dataclasses.replace(SIZES[size], epochs=SIZES[size].epochs * (7 if data_name == "digits" else 1))
+
+
+@dataclass(frozen=True)
+class Density:
+    """Log-densities of some images.
+
+    Attributes:
+        values: in nats, (n,); exact, or estimates that are never above it on average.
+        doubled: by how much all the draws have raised the estimate above that of half of them, (n,); None if exact.
+    """
+
+    values: Tensor
+    doubled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +114,11 @@ class Member:
         decode: codes -> images; with it a density can be fitted to the codes, and sampled.
         sample: n, generator -> images, by the model's own distribution.
         fitted: the same, codes from a density that is fitted to them; None, with ``decode``, is a mixture of ten.
-        log_density: noisy images, images without the noise, labels, :class:`Size` -> log-densities, (n,), in nats.
+        log_density: noisy images, images without the noise, labels, draws -> :class:`Density` of the noisy ones, with
+            a variance of the noise for each pixel unless the model says that it is one for all.
+        plain_density: the same with one variance for all pixels; None where the noise is a part of the model.
+        fill: noisy images, which pixels are seen (D,), labels, draws -> means of all pixels given those.
+        told: whether it is told the label of each image, so that it has nothing to say of one that has none.
     """
 
     parameters: int
@@ -88,49 +127,88 @@ class Member:
     decode: Callable[[Tensor], Tensor] | None = None
     sample: Callable[[int, Generator], Tensor] | None = None
     fitted: Callable[[int, Generator], Tensor] | None = None
-    log_density: Callable[[Tensor, Tensor, Tensor, Size], Tensor] | None = None
+    log_density: Callable[[Tensor, Tensor, Tensor, int], Density] | None = None
+    plain_density: Callable[[Tensor, Tensor, Tensor, int], Density] | None = None
+    fill: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
+    told: bool = False
 
 
 # ---- densities ---------------------------------------------------------------------------------------------------
 
 
+def _parts(x: Tensor, weights: Tensor, means: Tensor, factors: Tensor) -> Tensor:
+    """Logarithms of each component's weight times its density, (n, K); one at a time, for the sake of memory."""
+    parts = []
+    for weight, mean, factor in zip(weights, means, factors, strict=True):
+        white = torch.linalg.solve_triangular(factor, (x - mean).mT, upper=False).mT
+        parts.append(weight.log() + standard_normal_log_prob(white) - factor.diagonal().log().sum())
+    return torch.stack(parts, 1)
+
+
 def gaussian_mixture_density(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
     """Log-densities, (n,), of x (n, D) under a mixture of Gaussians: (K,), (K, D), (K, D, D), in float64."""
-    factors = torch.linalg.cholesky(covariances.double())
-    return GaussianMixture(weights.double(), means.double(), factors).log_prob(x.double())
+    x, weights, means, covariances = (v.double() for v in (x, weights, means, covariances))
+    return _parts(x, weights, means, torch.linalg.cholesky(covariances)).logsumexp(1)
 
 
-def linear_density(x: Tensor, mu: Tensor, W: Tensor, noise: float, codes: GaussianMixture | None = None) -> Tensor:
-    """Exact log-densities of x = mu + W z + N(0, noise I), z from N(0, I) or a mixture, for x (n, D), W (D, d)."""
+def gaussian_mixture_fill(x: Tensor, seen: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
+    """Means of all entries, (n, D), given those of x (n, D) that ``seen`` (D,) marks, under a mixture of Gaussians."""
+    x, weights, means, covariances = (v.double() for v in (x[:, seen], weights, means, covariances))
+    factors = torch.linalg.cholesky(covariances[:, seen][:, :, seen])
+    share = _parts(x, weights, means[:, seen], factors).softmax(1)
+    given = [
+        mean + torch.cholesky_solve((x - mean[seen]).mT, factor).mT @ covariance[seen]
+        for mean, covariance, factor in zip(means, covariances, factors, strict=True)
+    ]
+    return torch.einsum("nk,knd->nd", share, torch.stack(given))
+
+
+def linear_mixture(
+    mu: Tensor, W: Tensor, noise: float | Tensor, codes: GaussianMixture | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixture of Gaussians that mu + W z + N(0, diag noise) is: weights (K,), means (K, D), covariances (K, D, D).
+
+    Args:
+        mu: (D,).
+        W: (D, d).
+        noise: its variance, one for all entries or one for each, (D,).
+        codes: distribution of z; None is N(0, I).
+    """
     if codes is None:
         one = W.new_ones(1)
         codes = GaussianMixture(one, W.new_zeros(1, W.shape[1]), torch.eye(W.shape[1], dtype=W.dtype)[None])
     spread = W @ codes.factors
-    covariances = spread @ spread.mT + noise * torch.eye(len(mu), dtype=W.dtype)
-    return gaussian_mixture_density(x, codes.weights, mu + codes.means @ W.T, covariances)
+    noise = torch.as_tensor(noise, dtype=W.dtype).expand(len(mu))
+    return codes.weights, mu + codes.means @ W.T, spread @ spread.mT + noise.diag()
 
 
-def _curvature(decode: Callable, z: Tensor, rows: tuple[Tensor, ...], sigma: float, precision: Tensor):
-    """Jacobian of the decoder at each z, (n, D, d), and Gauss and Newton's curvature of -log p(x, z), (n, d, d)."""
+def linear_density(x: Tensor, mu: Tensor, W: Tensor, noise: float | Tensor, codes: GaussianMixture | None = None):
+    """Exact log-densities (n,) of x (n, D) under :func:`linear_mixture`."""
+    return gaussian_mixture_density(x, *linear_mixture(mu, W, noise, codes))
+
+
+def _curvature(decode: Callable, z: Tensor, rows: tuple[Tensor, ...], sigma: Tensor, precision: Tensor):
+    """Jacobian of g/sigma at each z, (n, D, d), and Gauss and Newton's curvature of -log p(x, z), (n, d, d)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own use of torch.jit
         J = torch.func.vmap(torch.func.jacfwd(lambda c, *r: decode(c[None], *(v[None] for v in r))[0]))(z, *rows)
-    return J, J.mT @ J / sigma**2 + precision
+    J = J / sigma[:, None]
+    return J, J.mT @ J + precision
 
 
 def _find(
-    decode: Callable, x: Tensor, z: Tensor, rows: tuple, sigma: float, mean: Tensor, precision: Tensor, steps: int
+    decode: Callable, x: Tensor, z: Tensor, rows: tuple, sigma: Tensor, mean: Tensor, precision: Tensor, steps: int
 ) -> Tensor:
     """Codes (n, d) of larger log p(x, z) by Gauss and Newton's steps, each shortened until it helps."""
 
     def value(z: Tensor) -> Tensor:
         away = z - mean
-        return -(x - decode(z, *rows)).square().sum(1) / (2 * sigma**2) - 0.5 * (away @ precision * away).sum(1)
+        return -0.5 * ((x - decode(z, *rows)) / sigma).square().sum(1) - 0.5 * (away @ precision * away).sum(1)
 
     length, best = z.new_ones(len(z), 1), value(z)
     for _ in range(steps):
         J, H = _curvature(decode, z, rows, sigma, precision)
-        slope = ((x - decode(z, *rows))[:, None] @ J)[:, 0] / sigma**2 - (z - mean) @ precision
+        slope = (((x - decode(z, *rows)) / sigma)[:, None] @ J)[:, 0] - (z - mean) @ precision
         trial = z + length * torch.linalg.solve(H, slope)
         reached = value(trial)
         better = reached > best
@@ -140,109 +218,223 @@ def _find(
 
 
 @torch.no_grad()
+def _weigh(
+    decode: Callable,
+    x: Tensor,
+    z: Tensor,
+    *,
+    sigma: float | Tensor,
+    prior: GaussianMixture | None,
+    rows: tuple[Tensor, ...],
+    draws: int,
+    steps: int,
+    generator: Generator | None,
+    seen: Tensor | slice = slice(None),
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For some x at a time: images (n, S, D) decoded from draws of the proposal, logarithms of their weights (n, S).
+
+    Networks may count in float32; the weights' logarithms are put together in float64. ``seen`` marks the entries that
+    x is known at.
+    """
+    d, sigma = z.shape[1], torch.as_tensor(sigma, dtype=x.dtype).expand(x.shape[1])[seen]
+    if prior is None:
+        log_prior, mean, precision = standard_normal_log_prob, z.new_zeros(d), torch.eye(d, dtype=z.dtype)
+    else:
+        log_prior, mean = prior.log_prob, prior.weights @ prior.means
+        away = prior.means - mean
+        covariance = (prior.weights[:, None, None] * (prior.factors @ prior.factors.mT)).sum(0)
+        precision = torch.linalg.inv(covariance + away.T @ (prior.weights[:, None] * away)).to(z)
+        mean = mean.to(z)
+    known = lambda z, *rows: decode(z, *rows)[:, seen]  # noqa: E731
+    for x_some, start, *given in zip(*(v.split(max(1, 20_000 // draws)) for v in (x, z, *rows)), strict=True):
+        x_seen, given = x_some[:, seen], tuple(given)
+        best = _find(known, x_seen, start, given, sigma, mean, precision, steps)
+        factor = torch.linalg.cholesky(_curvature(known, best, given, sigma, precision)[1].double())
+        eps = torch.randn(len(best), draws, d, generator=generator, dtype=torch.float64)
+        code = best[:, None] + torch.linalg.solve_triangular(factor.mT, eps.mT, upper=True).mT
+        flat = code.flatten(0, 1)
+        images = decode(flat.to(z), *(v.repeat_interleave(draws, 0) for v in given)).unflatten(0, eps.shape[:2])
+        log_p = standard_normal_log_prob((x_seen[:, None] - images[..., seen]) / sigma).double() - sigma.log().sum()
+        log_r = standard_normal_log_prob(eps) + factor.diagonal(dim1=1, dim2=2).log().sum(1)[:, None]
+        yield images, log_prior(flat).view_as(log_p) + log_p - log_r
+
+
 def decoder_density(
     decode: Callable,
     x: Tensor,
     z: Tensor,
     *,
-    sigma: float,
+    sigma: float | Tensor,
     prior: GaussianMixture | None = None,
     rows: tuple[Tensor, ...] = (),
     draws: int = 200,
     steps: int = 10,
     generator: Generator | None = None,
-) -> Tensor:
-    r"""Importance-weighted estimates of :math:`\log\int p(z)\,N(x; g(z), \sigma^2 I)\,dz`, never above it on average.
+) -> Density:
+    r"""Importance-weighted estimates of :math:`\log\int p(z)\,N(x; g(z), \mathrm{diag}\,\sigma^2)\,dz`.
 
-    .. math:: \log\frac1S\sum_{s=1}^S \frac{p(z_s)\,N(x; g(z_s), \sigma^2 I)}{r(z_s)}, \qquad z_s \sim r
+    .. math:: \log\frac1S\sum_{s=1}^S \frac{p(z_s)\,N(x; g(z_s), \mathrm{diag}\,\sigma^2)}{r(z_s)}, \qquad z_s \sim r
 
-    Implements ``def-family-importance``. The proposal r is a Gaussian for each x: its mean is found from the code z by
-    Gauss and Newton's steps, its precision is their curvature there. For a linear decoder and a Gaussian prior it is
-    the posterior, and the result exact for any S. No encoder takes part beyond the place where the search starts.
+    Implements ``def-family-importance``; on average never above the integral's logarithm. The proposal r is a Gaussian
+    for each x: its mean is found from the code z by Gauss and Newton's steps, its precision is their curvature there.
+    For a linear decoder and a Gaussian prior it is the posterior, and the result exact for any S. No encoder takes part
+    beyond the place where the search starts.
 
     Args:
         decode: g, maps codes (n, d), and ``rows``, to (n, D).
         x: data, (n, D).
         z: where the search starts, (n, d).
-        sigma: standard deviation of the noise around g.
-        prior: p(z); None is N(0, I).
+        sigma: standard deviation of the noise around g, one for all entries or one for each, (D,).
+        prior: p(z), in float64; None is N(0, I).
         rows: what else ``decode`` takes, one row for each x: labels, for example.
         draws: S.
         steps: of the search.
         generator: of the noise.
 
     Returns:
-        Estimates in nats, (n,).
+        Estimates in nats, and by how much S draws raise them above S/2 (None for S = 1).
     """
-    n, d = z.shape
-    eye = torch.eye(d, dtype=z.dtype)
-    if prior is None:
-        log_prior, mean, precision = standard_normal_log_prob, z.new_zeros(d), eye
-    else:
-        log_prior, mean = prior.log_prob, prior.weights @ prior.means
-        away = prior.means - mean
-        covariance = (prior.weights[:, None, None] * (prior.factors @ prior.factors.mT)).sum(0)
-        precision = torch.linalg.inv(covariance + away.T @ (prior.weights[:, None] * away))
-    z = _find(decode, x, z, rows, sigma, mean, precision, steps)
-    _, H = _curvature(decode, z, rows, sigma, precision)
-    factor = torch.linalg.cholesky(H)
-    result = []
-    for i in range(n):
-        eps = torch.randn(draws, d, generator=generator, dtype=z.dtype)
-        code = z[i] + torch.linalg.solve_triangular(factor[i].mT, eps.T, upper=True).T
-        residual = (x[i] - decode(code, *(v[i : i + 1].expand(draws, -1) for v in rows))) / sigma
-        log_p = log_prior(code) + standard_normal_log_prob(residual) - x.shape[1] * math.log(sigma)
-        log_r = standard_normal_log_prob(eps) + factor[i].diagonal().log().sum()
-        result.append((log_p - log_r).logsumexp(0) - math.log(draws))
-    return torch.stack(result)
+    options = {"prior": prior, "rows": rows, "draws": draws, "steps": steps, "generator": generator}
+    weights = torch.cat([w for _, w in _weigh(decode, x, z, sigma=sigma, **options)])
+    values = weights.logsumexp(1) - math.log(draws)
+    if draws < 2:
+        return Density(values)
+    half = draws // 2
+    parts = [weights[:, :half], weights[:, half : 2 * half]]
+    return Density(values, values - torch.stack([w.logsumexp(1) - math.log(half) for w in parts]).mean(0))
+
+
+def decoder_fill(
+    decode: Callable,
+    x: Tensor,
+    seen: Tensor,
+    z: Tensor,
+    *,
+    sigma: float | Tensor,
+    prior: GaussianMixture | None = None,
+    rows: tuple[Tensor, ...] = (),
+    draws: int = 200,
+    steps: int = 20,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Means of g(z), (n, D), under the posterior of z given the entries of x (n, D) that ``seen`` (D,) marks.
+
+    By the weights of :func:`decoder_density`, whose arguments these are, for the entries that are seen.
+    """
+    options = {"prior": prior, "rows": rows, "draws": draws, "steps": steps, "generator": generator, "seen": seen}
+    parts = _weigh(decode, x, z, sigma=sigma, **options)
+    return torch.cat([torch.einsum("ns,nsd->nd", w.softmax(1), images.double()) for images, w in parts])
+
+
+def _exact(weights: Tensor, means: Tensor, covariances: Tensor, plain: Tensor | None = None) -> dict:
+    """What a member can do that is a mixture of Gaussians among the noisy images; ``plain``, with one noise for all."""
+
+    def density(covariances: Tensor) -> Callable:
+        return lambda noisy, *_: Density(gaussian_mixture_density(noisy, weights, means, covariances))
+
+    return {
+        "log_density": density(covariances),
+        "plain_density": None if plain is None else density(plain),
+        "fill": lambda noisy, seen, *_: gaussian_mixture_fill(noisy, seen, weights, means, covariances),
+    }
+
+
+def _left(x: Tensor, back: Tensor) -> Tensor:
+    """Variances of the noise around a decoder, (D,): what it leaves of training images, and what the test adds."""
+    return (x - back).square().mean(0) + NOISE**2
+
+
+def _by_search(
+    decode: Callable,
+    variance: Tensor,
+    centre: Tensor,
+    seed: int,
+    encode: Callable[[Tensor, Tensor], Tensor],
+    codes: Tensor | None = None,
+    classes: int = 0,
+) -> dict:
+    """What a member can do that is a decoder with Gaussian noise: the integral over its codes is estimated.
+
+    Args:
+        decode: codes, one-hot labels if there are classes -> flat images.
+        variance: of the noise, (D,).
+        centre: mean image, (D,), which stands for what is missing where a search begins.
+        seed: of the draws, and of the fit.
+        encode: images, labels -> codes.
+        codes: to which a mixture of ten is fitted, as the distribution of codes; None takes N(0, I).
+        classes: number of labels, if the decoder is told them. The density is then a bound by the true label's part.
+    """
+    prior = functools.cache(lambda: None if codes is None else fit_gaussian_mixture(codes.double(), 10, seed=seed))
+
+    def options(labels: Tensor, draws: int) -> dict:
+        rows = (nn.functional.one_hot(labels, classes).float(),) if classes else ()
+        return {"prior": prior(), "rows": rows, "draws": draws, "generator": Generator().manual_seed(seed)}
+
+    def density(variance: Tensor) -> Callable:
+        def log_density(noisy: Tensor, clean: Tensor, labels: Tensor, draws: int) -> Density:
+            start = encode(clean, labels)
+            found = decoder_density(decode, noisy, start, sigma=variance.sqrt(), **options(labels, draws))
+            return dataclasses.replace(found, values=found.values - math.log(classes or 1))
+
+        return log_density
+
+    def fill(noisy: Tensor, seen: Tensor, labels: Tensor, draws: int) -> Tensor:
+        start = encode(torch.where(seen, noisy, centre), labels)
+        return decoder_fill(decode, noisy, seen, start, sigma=variance.sqrt(), **options(labels, draws))
+
+    plain = density(variance.mean().expand_as(variance))
+    return {"log_density": density(variance), "plain_density": plain, "fill": fill}
 
 
 # ---- members that are solved -------------------------------------------------------------------------------------
 
 
 def training_images(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
-    """The yardstick: "samples" that are training images, drawn without replacement."""
-    return Member(0, sample=lambda n, g: x[torch.randperm(len(x), generator=g)[:n]])
+    """The yardstick: "samples" that are training images, drawn without replacement; missing pixels get their mean."""
+    return Member(
+        0,
+        sample=lambda n, g: x[torch.randperm(len(x), generator=g)[:n]],
+        fill=lambda noisy, *_: x.mean(0).expand_as(noisy),
+    )
 
 
 def pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     """PCA; the density is that of a mixture fitted to its codes, and of the noise that is left."""
     mu, W = x.mean(0), fit_local_linear(x.double(), 1, DIM).model.W[0].float()
     z = (x - mu) @ W
-    noise = float((x - mu - z @ W.T).square().mean())
-
-    def log_density(noisy: Tensor, clean: Tensor, labels: Tensor, size: Size) -> Tensor:
-        prior = fit_gaussian_mixture(z.double(), 10, seed=seed)
-        return linear_density(noisy, mu.double(), W.double(), noise + NOISE**2, prior)
-
+    variance, prior = _left(x, mu + z @ W.T).double(), fit_gaussian_mixture(z.double(), 10, seed=seed)
+    weights, means, covariances = linear_mixture(mu.double(), W.double(), variance, prior)
+    plain = linear_mixture(mu.double(), W.double(), variance.mean(), prior)[2]
     return Member(
         W.numel() + mu.numel(),
         codes=lambda x, y: (x - mu) @ W,
         reconstruct=lambda x, y: mu + (x - mu) @ W @ W.T,
         decode=lambda z: mu + z @ W.T,
-        log_density=log_density,
+        **_exact(weights, means, covariances, plain),
     )
 
 
-def _factors(x: Tensor, mu: Tensor, W: Tensor, psi: Tensor) -> Member:
-    """A linear decoder with Gaussian codes and noise, for its mean (D,), loadings (D, d) and variances (D,)."""
+def _factors(mu: Tensor, W: Tensor, psi: Tensor, added: float) -> Member:
+    """A linear decoder with Gaussian codes and noise, for its mean (D,), loadings (D, d) and variances (D,).
+
+    ``added`` is the variance of the test images' noise that is not in ``psi`` yet.
+    """
     encoder = torch.linalg.solve((W.T / psi) @ W + torch.eye(W.shape[1], dtype=W.dtype), W.T / psi)  # (d, D)
     m, V, E = mu.float(), W.float(), encoder.float()
-    covariance = (W @ W.T + (psi + NOISE**2).diag())[None]
     return Member(
         W.numel() + mu.numel() + psi.unique().numel(),
         codes=lambda x, y: (x - m) @ E.T,
         reconstruct=lambda x, y: m + (x - m) @ E.T @ V.T,
         decode=lambda z: m + z @ V.T,
         sample=lambda n, g: m + torch.randn(n, V.shape[1], generator=g) @ V.T,
-        log_density=lambda noisy, *_: gaussian_mixture_density(noisy, torch.ones(1), mu[None], covariance),
+        **_exact(*linear_mixture(mu, W, psi + added)),
     )
 
 
 def probabilistic_pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     """Probabilistic PCA at its maximum likelihood."""
     mu, W, noise = ppca(x.double(), DIM)
-    return _factors(x, mu, W, noise.expand(len(mu)))
+    return _factors(mu, W, noise.expand(len(mu)), NOISE**2)
 
 
 def factor_analysis(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
@@ -250,30 +442,25 @@ def factor_analysis(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     from sklearn.decomposition import FactorAnalysis
 
     noisy = x.double() + NOISE * torch.randn(x.shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
-    found = FactorAnalysis(DIM, svd_method="lapack", tol=1e-2, max_iter=100).fit(noisy.numpy())
-    psi = torch.from_numpy(found.noise_variance_)
-    member = _factors(x, torch.from_numpy(found.mean_), torch.from_numpy(found.components_.T.copy()), psi)
-    W = torch.from_numpy(found.components_.T.copy())
-    covariance = (W @ W.T + psi.diag())[None]  # the noise is in it already
-    mean = torch.from_numpy(found.mean_)[None]
-    options = vars(member) | {
-        "log_density": lambda noisy, *_: gaussian_mixture_density(noisy, torch.ones(1), mean, covariance)
-    }
-    return Member(**options)
+    options = {"n_components": DIM, "svd_method": "lapack", **SETTINGS["factor_analysis"]}
+    found = FactorAnalysis(**options).fit(noisy.numpy())
+    mu, loadings, psi = (torch.from_numpy(v.copy()) for v in (found.mean_, found.components_, found.noise_variance_))
+    return _factors(mu, loadings.T, psi, 0.0)
 
 
 def k_means(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
-    """k-means; read as a mixture of equal spherical Gaussians it has a density."""
-    fits = [fit_local_linear(x, DIM, 0, generator=Generator().manual_seed(100 * seed + i)) for i in range(4)]
+    """k-means; read as a mixture of Gaussians with one diagonal covariance it has a density."""
+    starts = [Generator().manual_seed(100 * seed + i) for i in range(SETTINGS["k_means"]["starts"])]
+    fits = [fit_local_linear(x, DIM, 0, generator=generator) for generator in starts]
     model = max(fits, key=lambda fit: float(fit.objective[-1])).model
     share = model.encode(x).component.bincount(minlength=DIM) / len(x)
-    noise = float((x - model(x)).square().mean()) + NOISE**2
-    covariances = noise * torch.eye(x.shape[1], dtype=torch.float64).expand(DIM, -1, -1)
+    variance = _left(x, model(x)).double()
+    covariances, plain = (v.diag().expand(DIM, -1, -1) for v in (variance, variance.mean().expand_as(variance)))
     return Member(
         model.mu.numel() + DIM,
         reconstruct=lambda x, y: model(x),
         fitted=lambda n, g: model.mu[torch.multinomial(share, n, replacement=True, generator=g)],
-        log_density=lambda noisy, *_: gaussian_mixture_density(noisy, share, model.mu, covariances),
+        **_exact(share, model.mu, covariances, plain),
     )
 
 
@@ -285,7 +472,7 @@ def mixture(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     """
     from sklearn.mixture import GaussianMixture as Fit
 
-    options = {"reg_covar": NOISE**2, "random_state": seed, "max_iter": 10, "tol": 1e-2}
+    options = {"reg_covar": NOISE**2, "random_state": seed, **SETTINGS["mixture"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it has not converged in so few steps
         found = Fit(DIM, **options).fit(x.float().numpy())
@@ -293,10 +480,10 @@ def mixture(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     weights, means, covariances = (torch.from_numpy(v).double() for v in fitted)
     eye = NOISE**2 * torch.eye(x.shape[1], dtype=torch.float64)
 
+    chol = torch.linalg.cholesky(covariances)
+
     def log_posterior(x: Tensor) -> Tensor:
-        normal = torch.distributions.MultivariateNormal(means, covariances)
-        joint = torch.cat([weights.log() + normal.log_prob(rows.double()[:, None]) for rows in x.split(500)])
-        return joint.log_softmax(1)
+        return _parts(x.double(), weights, means, chol).log_softmax(1)
 
     def sample(n: int, generator: Generator) -> Tensor:
         values, vectors = torch.linalg.eigh(covariances - eye)  # without the noise that was added
@@ -308,25 +495,8 @@ def mixture(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
         codes=lambda x, y: log_posterior(x).float(),
         reconstruct=lambda x, y: (log_posterior(x).exp() @ means).float(),
         sample=sample,
-        log_density=lambda noisy, *_: gaussian_mixture_density(noisy, weights, means, covariances),
+        **_exact(weights, means, covariances),
     )
-
-
-def _fitted_density(
-    decode: Callable, codes: Tensor, noise: float, seed: int, encode: Callable[[Tensor, Tensor], Tensor]
-) -> Callable:
-    """Density of a decoder with Gaussian noise, and a mixture of ten fitted to its codes."""
-
-    def log_density(noisy: Tensor, clean: Tensor, labels: Tensor, size: Size) -> Tensor:
-        prior = fit_gaussian_mixture(codes.double(), 10, seed=seed)
-        z = encode(clean, labels).double()
-        sigma = math.sqrt(noise + NOISE**2)
-        generator = Generator().manual_seed(seed)
-        return decoder_density(
-            decode, noisy.double(), z, sigma=sigma, prior=prior, draws=size.draws, generator=generator
-        )
-
-    return log_density
 
 
 def nmf(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
@@ -343,27 +513,26 @@ def nmf(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
             z = nmf_step(x, z, W)
         return z
 
-    noise, basis = float((x - z @ W).square().mean()), W.double()
     return Member(
         W.numel(),
         codes=encode,
         reconstruct=lambda x, y: encode(x, y) @ W,
         decode=lambda z: z.clamp_min(0) @ W,
-        log_density=_fitted_density(lambda z: z.clamp_min(0) @ basis, z, noise, seed, encode),
+        **_by_search(lambda z: z.clamp_min(0) @ W, _left(x, z @ W), x.mean(0), seed, encode, z),
     )
 
 
 def local_pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     """Ten subspaces of ten dimensions; as a density, a mixture of probabilistic PCA with the subspaces' moments."""
-    x = x.double()
     start = fit_local_linear(x, DIM, 0, generator=Generator().manual_seed(seed)).model.mu
-    model = fit_local_linear(x, DIM, DIM, start=start, max_steps=100).model
+    model = fit_local_linear(x, DIM, DIM, start=start, **SETTINGS["local_pca"]).model.double()
+    x = x.double()
     component = model.encode(x).component
     share = component.bincount(minlength=DIM) / len(x)
-    noise = float((x - model(x)).square().mean()) + NOISE**2
+    variance = _left(x, model(x))
     spread = torch.stack([((x[component == k] - model.mu[k]) @ model.W[k]).std(0) for k in range(DIM)])  # (K, q)
     factors = model.W * spread[:, None]
-    covariances = factors @ factors.mT + noise * torch.eye(x.shape[1], dtype=x.dtype)
+    covariances, plain = (factors @ factors.mT + v.diag() for v in (variance, variance.mean().expand_as(variance)))
 
     def sample(n: int, generator: Generator) -> Tensor:
         k = torch.multinomial(share, n, replacement=True, generator=generator)
@@ -374,7 +543,7 @@ def local_pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
         model.mu.numel() + model.W.numel(),
         reconstruct=lambda x, y: model(x.double()).float(),
         fitted=sample,
-        log_density=lambda noisy, *_: gaussian_mixture_density(noisy, share, model.mu, covariances),
+        **_exact(share, model.mu, covariances, plain),
     )
 
 
@@ -382,7 +551,7 @@ def lle(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     """Locally linear embedding; unseen images by the weights of their neighbours among the training images."""
     from sklearn.manifold import LocallyLinearEmbedding
 
-    found = LocallyLinearEmbedding(n_neighbors=30, n_components=DIM, random_state=seed).fit(x.double().numpy())
+    found = LocallyLinearEmbedding(n_components=DIM, random_state=seed, **SETTINGS["lle"]).fit(x.double().numpy())
     return Member(0, codes=lambda x, y: torch.from_numpy(found.transform(x.double().numpy())))
 
 
@@ -415,16 +584,10 @@ def _fit(model: nn.Module, x: Tensor, y: Tensor, size: Size, seed: int, *, times
     return model
 
 
-def _error(model: nn.Module, x: Tensor) -> float:
-    """Mean squared error of the reconstruction, a pixel."""
-    return float(metrics.squared_error(model, x).mean()) / x.shape[1]
-
-
 def autoencoder(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) -> Member:
     """A model whose encoder is a function: plain, with batch norm, entropic, without an encoder, denoising."""
     model = _fit(make(functools.partial(_pair, x)), x, y, size, seed)
-    codes, noise = metrics.in_batches(model.encode, x[:5000]), _error(model, x[:2000])
-    exact = copy.deepcopy(model).double()
+    codes, variance = metrics.in_batches(model.encode, x[:5000]), _left(x[:5000], metrics.in_batches(model, x[:5000]))
     known = isinstance(model, (EAE, GAE))  # asks for N(0, I)
 
     def encode(x: Tensor, y: Tensor) -> Tensor:
@@ -444,33 +607,18 @@ def autoencoder(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) 
         reconstruct=lambda x, y: metrics.in_batches(model, x),
         decode=lambda z: metrics.in_batches(model.decode, z),
         sample=chain if isinstance(model, DenoisingAutoencoder) else own,
-        log_density=_own_density(exact.decode, noise, seed, encode)
-        if known
-        else _fitted_density(exact.decode, codes, noise, seed, encode),
+        **_by_search(model.decode, variance, x.mean(0), seed, encode, None if known else codes),
     )
 
 
-def _own_density(decode: Callable, noise: float, seed: int, encode: Callable, hot: bool = False) -> Callable:
-    """Density of a decoder with Gaussian noise and codes from N(0, I); with labels, a bound by the true one."""
-
-    def log_density(noisy: Tensor, clean: Tensor, labels: Tensor, size: Size) -> Tensor:
-        rows = (nn.functional.one_hot(labels, 10).double(),) if hot else ()
-        options = {"rows": rows, "draws": size.draws, "generator": Generator().manual_seed(seed)}
-        sigma = math.sqrt(noise + NOISE**2)
-        found = decoder_density(decode, noisy.double(), encode(clean, labels).double(), sigma=sigma, **options)
-        return found - math.log(10) if hot else found
-
-    return log_density
-
-
 def variational(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) -> Member:
-    """A VAE with Gaussian noise of a learned size, or one of its kin."""
+    """A VAE or one of its kin. For the density its noise is what its reconstructions leave, as for all networks."""
     model = make(functools.partial(_pair, x, heads=2))
-    with torch.no_grad():
-        model.log_sigma.fill_(math.log(0.3))  # from 1 it would take half of the training to come down
+    if isinstance(model.log_sigma, nn.Parameter):
+        with torch.no_grad():
+            model.log_sigma.fill_(math.log(0.3))  # from 1 it would take half of the training to come down
     _fit(model, x, y, size, seed)
-    exact = copy.deepcopy(model).double()
-    noise = float(model.log_sigma.detach().exp().square())
+    variance = _left(x[:5000], metrics.in_batches(model, x[:5000]))
 
     def encode(x: Tensor, y: Tensor) -> Tensor:
         return metrics.in_batches(model.encode, x)
@@ -481,7 +629,7 @@ def variational(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) 
         reconstruct=lambda x, y: metrics.in_batches(model, x),
         decode=lambda z: metrics.in_batches(model.decode, z),
         sample=lambda n, g: model.sample(n, generator=g),
-        log_density=_own_density(exact.decode, noise, seed, encode),
+        **_by_search(model.decode, variance, x.mean(0), seed, encode),
     )
 
 
@@ -489,12 +637,10 @@ def conditional(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     """A conditional VAE: it is told the label, of test images too."""
     encoder = nets.mlp([x.shape[1] + 10, *HIDDEN, 2 * DIM])
     decoder = nn.Sequential(nets.mlp([DIM + 10, *reversed(HIDDEN), x.shape[1]]), nn.Sigmoid())
-    options = {"classes": 10, "likelihood": "gaussian", "sigma": None}
-    model = CVAE(Beside(encoder), Beside(decoder), DIM, **options)
+    model = CVAE(Beside(encoder), Beside(decoder), DIM, classes=10, **SETTINGS["cvae"])
     with torch.no_grad():
         model.log_sigma.fill_(math.log(0.3))
     _fit(model, x, y, size, seed)
-    exact = copy.deepcopy(model).double()
 
     @torch.no_grad()
     def encode(x: Tensor, y: Tensor) -> Tensor:
@@ -507,23 +653,30 @@ def conditional(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     def sample(n: int, generator: Generator) -> Tensor:
         return model.sample(n, y[torch.randint(len(y), (n,), generator=generator)], generator=generator)
 
-    noise = float(model.log_sigma.detach().exp().square())
-    density = _own_density(exact.decoder, noise, seed, encode, hot=True)
-    return Member(_count(model), codes=encode, reconstruct=reconstruct, sample=sample, log_density=density)
+    return Member(
+        _count(model),
+        codes=encode,
+        reconstruct=reconstruct,
+        sample=sample,
+        told=True,
+        **_by_search(model.decoder, _left(x, reconstruct(x, y)), x.mean(0), seed, encode, classes=10),
+    )
 
 
-def adversarial(x: Tensor, y: Tensor, size: Size, seed: int, *, surrogate: str | None) -> Member:
+def adversarial(x: Tensor, y: Tensor, size: Size, seed: int, *, name: str) -> Member:
     """A generator against an energy, with the bound of its entropy (MEG) or without (a GAN); codes are searched for."""
     generator = _pair(x)[1]
     leaky = functools.partial(nn.LeakyReLU, 0.2)
     energy = nets.mlp([x.shape[1], *HIDDEN, 1], activation=leaky)
+    how = SETTINGS[name]
+    surrogate, lam = how.get("surrogate"), how.get("lam", 1.0)
     statistics = nets.mlp([x.shape[1] + DIM, *HIDDEN, 1], activation=leaky) if surrogate else None
     steps = {"energy_steps": 1, "generator_steps": 1}
-    model = MEG(generator, energy, DIM, lam=1.0, surrogate=surrogate, statistics=statistics, **steps)
-    _fit(model, x, y, size, seed, times=2, lr=1e-3, betas=(0.5, 0.9))
+    model = MEG(generator, energy, DIM, lam=lam, surrogate=surrogate, statistics=statistics, **steps)
+    _fit(model, x, y, size, seed, times=how["times"], lr=how["lr"], betas=how["betas"])
     noise = Generator().manual_seed(seed)
     starts = torch.randn(2000, DIM, generator=noise)
-    known, sigma = metrics.in_batches(model.decode, starts), 0.2
+    known, sigma = metrics.in_batches(model.decode, starts), torch.full((x.shape[1],), 0.2)
 
     @torch.no_grad()
     def encode(x: Tensor, y: Tensor) -> Tensor:
@@ -535,34 +688,25 @@ def adversarial(x: Tensor, y: Tensor, size: Size, seed: int, *, surrogate: str |
     def reconstruct(x: Tensor, y: Tensor) -> Tensor:
         return metrics.in_batches(model.decode, encode(x, y))
 
-    seen = x[:500]
-    left = float((seen - reconstruct(seen, y)).square().mean())
+    variance = _left(x[:2000], reconstruct(x[:2000], y))
     return Member(
         _count(model),
         codes=encode,
         reconstruct=reconstruct,
         sample=lambda n, g: model.sample(n, generator=g),
-        log_density=_own_density(copy.deepcopy(model).double().decode, left, seed, encode),
+        **_by_search(model.decode, variance, x.mean(0), seed, encode),
     )
 
 
-def _gae(pair: Callable) -> GAE:
-    return GAE(pair()[1], DIM, steps=6, step_size=0.02, sigma=0.3, second_order=False)
+def _denoising(pair: Callable, corruption: float, **options) -> DenoisingAutoencoder:
+    return DenoisingAutoencoder(*pair(), DIM, corruption=gaussian_noise(corruption), likelihood="gaussian", **options)
 
 
-def _denoising(pair: Callable) -> DenoisingAutoencoder:
-    noise = gaussian_noise(0.3)
-    return DenoisingAutoencoder(*pair(), DIM, corruption=noise, likelihood="gaussian", sigma=0.15, walkback=3)
-
-
-def _gaussian(kind: type[VAE], **options) -> Callable:
-    return functools.partial(
-        variational, make=lambda pair: kind(*pair(), DIM, likelihood="gaussian", sigma=None, **options)
-    )
-
-
-def _bn_vae(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
-    return _gaussian(VAE, norm=FixedScaleBatchNorm(DIM, 0.7))(x, y, size, seed)
+def _vae(pair: Callable, gamma: float | None = None, **options) -> VAE:
+    kind = IWAE if "samples" in options else VAE
+    networks = pair() if options["likelihood"] == "gaussian" else pair(output=nn.Identity)
+    norm = {} if gamma is None else {"norm": FixedScaleBatchNorm(DIM, gamma)}
+    return kind(*networks, DIM, **options, **norm)
 
 
 # name -> what it is, how it is made, whether epochs are passed over
@@ -578,21 +722,28 @@ MEMBERS: dict[str, tuple[str, Callable[..., Member], bool]] = {
     "lle": ("locally linear embedding", lle, False),
     "t_sne": ("t-SNE in the plane", t_sne, False),
     **{
-        name: (about, functools.partial(autoencoder, make=make), True)
+        name: (about, functools.partial(autoencoder, make=functools.partial(make, **SETTINGS.get(name, {}))), True)
         for name, about, make in (
-            ("gae", "GAE, codes by six steps of ascent", _gae),
+            ("gae", "GAE, codes by six steps of ascent", lambda pair, **how: GAE(pair()[1], DIM, **how)),
             ("autoencoder", "autoencoder", lambda pair: Autoencoder(*pair(), DIM)),
-            ("batch_norm", "autoencoder with batch norm of the code", lambda pair: EAE(*pair(), DIM, lam=0.0)),
-            ("eae", "entropic autoencoder", lambda pair: EAE(*pair(), DIM, lam=1.0)),
+            ("batch_norm", "autoencoder with batch norm of the code", lambda pair, **how: EAE(*pair(), DIM, **how)),
+            ("eae", "entropic autoencoder", lambda pair, **how: EAE(*pair(), DIM, **how)),
             ("denoising", "denoising autoencoder", _denoising),
         )
     },
-    "vae": ("variational autoencoder", _gaussian(VAE), True),
-    "iwae": ("the same with five importance samples", _gaussian(IWAE, samples=5), True),
-    "bn_vae": ("the same with batch norm on the means, gamma = 0.7", _bn_vae, True),
+    **{
+        name: (about, functools.partial(variational, make=functools.partial(_vae, **SETTINGS[name])), True)
+        for name, about in (
+            ("vae", "variational autoencoder, Gaussian noise whose size is learned"),
+            ("vae_fixed", "the same, its noise of standard deviation 0.5"),
+            ("vae_bernoulli", "the same, cross-entropy in place of the noise"),
+            ("iwae", "variational autoencoder with five importance samples"),
+            ("bn_vae", "variational autoencoder with batch norm on the means"),
+        )
+    },
     "cvae": ("conditional VAE, told the label", conditional, True),
-    "gan": ("GAN: Wasserstein loss, R1 penalty", functools.partial(adversarial, surrogate=None), True),
-    "meg": ("MEG: the same with a bound of the entropy", functools.partial(adversarial, surrogate="jsd"), True),
+    "gan": ("GAN: Wasserstein loss, R1 penalty", functools.partial(adversarial, name="gan"), True),
+    "meg": ("MEG: the same with a bound of the entropy", functools.partial(adversarial, name="meg"), True),
 }
 
 
@@ -609,10 +760,33 @@ def images_of(name: str, size: str) -> data.Images:
     return data.Images(images.name, *parts)
 
 
+def odd_images(x: Tensor, y: Tensor, generator: Generator) -> dict[str, Tensor]:
+    """Two kinds of images that are no digits, made of images x (n, 1, height, width) with labels y.
+
+    "halves": the left half of each image, beside the right half of one with another label. Either half is as in the
+    data, so that what looks at halves apart, or at pixels one by one, has nothing to go by.
+    "turned": by a quarter. Some digits, of 0 above all, stay digits.
+    """
+    order = torch.randperm(len(x), generator=generator)
+    others = torch.stack([next(j for j in order.roll(-i) if y[j] != y[i]) for i in range(len(x))])
+    middle = x.shape[3] // 2
+    return {
+        "halves": torch.cat([x[..., :middle], x[others][..., middle:]], 3),
+        "turned": torch.rot90(x, 1, (2, 3)),
+    }
+
+
+def auroc(odd: Tensor, usual: Tensor) -> float:
+    """Probability that an odd one, of scores (n,), has a larger score than a usual one, of (m,); 1/2 for equal ones."""
+    odd = odd[:, None]
+    return float((odd > usual).double().mean() + 0.5 * (odd == usual).double().mean())
+
+
 def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Figures of a member on the test images, by name, and images to look at; seconds are the processor's."""
     shape, x, y = images.shape, images.x_test.flatten(1), images.y_test
-    judge, generator = classifier(images).features, Generator().manual_seed(seed)
+    judge = classifier(data.load(images.name)).features  # that of the whole data set, as in all other studies
+    generator = Generator().manual_seed(seed)
     real = metrics.in_batches(judge, images.x_test)
 
     def distance(flat: Tensor) -> float:
@@ -634,11 +808,37 @@ def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple
     if fitted is not None:
         drawn = fitted(len(x), generator).clamp(0, 1)
         found["Fréchet, fitted"], shown["samples, fitted"] = distance(drawn), drawn[:32]
+    noise = NOISE * torch.randn(x.shape, generator=Generator().manual_seed(0))  # the same for all members and seeds
     if member.log_density is not None:
-        clean, labels = x[: size.density], y[: size.density]
-        noise = torch.randn(clean.shape, generator=Generator().manual_seed(0))  # the same for all members and seeds
-        values = member.log_density(clean + NOISE * noise, clean, labels, size)
-        found["log-density, nats"] = float(values.mean())
+        clean, labels, noisy = x[: size.density], y[: size.density], (x + noise)[: size.density]
+        density = member.log_density(noisy, clean, labels, size.draws)
+        found["log-density, nats"] = float(density.values.mean())
+        found["log-density, standard error over images"] = float(density.values.std() / len(clean) ** 0.5)
+        if density.doubled is not None:
+            found["log-density, rise at the last doubling of draws"] = float(density.doubled.mean())
+        if member.plain_density is not None:
+            some = slice(size.probe)
+            plain = member.plain_density(noisy[some], clean[some], labels[some], size.draws)
+            found["log-density, gain of a noise a pixel"] = float((density.values[some] - plain.values).mean())
+    clean, labels, noisy = x[: size.probe], y[: size.probe], (x + noise)[: size.probe]
+    if not member.told:
+        scores = {}
+        if member.reconstruct is not None:
+            scores["error"] = lambda flat: (flat - member.reconstruct(flat, labels)).square().mean(1)
+        if member.log_density is not None:
+            draws = max(1, size.draws // 4)  # the order of the images is all that is asked
+            scores["density"] = lambda flat: -member.log_density(flat + noise[: len(flat)], flat, labels, draws).values
+        for name, score in scores.items():
+            usual = score(clean)
+            for kind, odd in odd_images(images.x_test[: size.probe], labels, Generator().manual_seed(0)).items():
+                found[f"AUROC of the {name}, {kind}"] = auroc(score(odd.flatten(1)), usual)
+    if member.fill is not None:
+        seen = torch.zeros(shape, dtype=torch.bool)
+        seen[..., : shape[2] // 2] = True
+        seen = seen.flatten()
+        filled = member.fill(noisy, seen, labels, size.draws)
+        found["squared error of a missing pixel"] = float((filled - clean)[:, ~seen].square().mean())
+        shown["right half filled in"] = torch.where(seen, clean, filled.float())[:32].clamp(0, 1)
     if member.codes is not None:
         start = time.process_time()
         codes = member.codes(x, y)
@@ -656,8 +856,11 @@ def fit(name: str, x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
 
 def _settings(name: str, data_name: str, size: str) -> dict:
     about, _, trained = MEMBERS[name]
-    epochs = size_of(data_name, size).epochs * (2 if name in ("gan", "meg") else 1) if trained else 0
-    return {**vars(SIZES[size]), "epochs": epochs, "dim": DIM, "noise": NOISE, "method": about}
+    how = dict(SETTINGS.get(name, {}))
+    epochs = size_of(data_name, size).epochs * how.pop("times", 1) if trained else 0
+    recipe = {"batch": BATCH, "lr": how.pop("lr", LR), "hidden": HIDDEN, "schedule": "1 - t"} if trained else {}
+    common = {**vars(SIZES[size]), "epochs": epochs, "dim": DIM, "noise": NOISE, "method": about}
+    return common | json.loads(json.dumps({**recipe, "options": how}))  # as a record keeps them
 
 
 def _run(name: str, data_name: str, size: str, seed: int, _device: torch.device) -> Outcome:
@@ -680,7 +883,7 @@ STUDIES: dict[str, Study] = {
         ("mnist", "digits"),
         functools.partial(_settings, name),
         functools.partial(_run, name),
-        judged=True,
+        judged=data.load,
     )
     for name, (about, _, _) in MEMBERS.items()
 }

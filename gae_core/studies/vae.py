@@ -165,7 +165,7 @@ def _run(recipe: Recipe, samples: int, dim: int, name: str, size: str, seed: int
 
 def _study(about: str, *parts) -> Study:
     settings, run = functools.partial(_settings, *parts), functools.partial(_run, *parts)
-    return Study(about, ("mnist", "digits"), settings, run, judged=True)
+    return Study(about, ("mnist", "digits"), settings, run, judged=data.load)
 
 
 STUDIES: dict[str, Study] = {
