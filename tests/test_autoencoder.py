@@ -80,6 +80,18 @@ def test_the_best_linear_autoencoder_leaves_the_last_eigenvalues(seed):
         assert loss(other * other.T) - tail > mp.mpf(10) ** -5
 
 
+def test_for_a_singular_covariance_the_best_map_is_free_where_no_data_are():
+    """Three coordinates, the last always 0: two minimisers that agree on the data, and one is no projection on them."""
+    cov = sp.diag(3, 1, 0)
+    projection = sp.diag(1, 0, 0)
+    other = projection + sp.Matrix([[0, 0, 5], [0, 0, 0], [0, 0, 0]])  # also of rank 1
+    for w in (projection, other):
+        rest = sp.eye(3) - w
+        assert w.rank() == 1 and (rest * cov * rest.T).trace() == 1  # what the second component carries
+        assert w * cov == projection * cov
+    assert other != projection
+
+
 @pytest.mark.checks("eq-autoencoder-gauge", how="symbolic")
 def test_an_invertible_map_of_the_code_changes_no_reconstruction():
     x, a, b = sp.symbols("x a b", real=True, nonzero=True)

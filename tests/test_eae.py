@@ -9,10 +9,11 @@ import mpmath as mp
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z
+from helpers import assert_z, less
 
 from gae_core import nets
 from gae_core.entropy import knn_entropy, knn_local_entropy
+from gae_core.gaussian import gaussian_entropy
 from gae_core.models.eae import EAE
 from gae_core.normalization import CodeBatchNorm
 
@@ -220,6 +221,59 @@ def test_the_module_cuts_the_same_directions_from_the_gradient():
     assert gradient.abs().max() > 0.01
 
 
+@pytest.mark.checks("eq-eae-batch-identity", how="symbolic")
+def test_the_distance_to_the_codes_of_ideal_statistics_is_an_identity():
+    u = sp.symbols("u0:4", real=True)
+    z, v = batch_norm(u), sum(w**2 for w in u) / 4 - (sum(u) / 4) ** 2
+    left = sum((a - b) ** 2 for a, b in zip(z, u, strict=True)) / 4
+    difference = left - (1 + sum(w**2 for w in u) / 4 - 2 * sp.sqrt(v))
+    assert sp.simplify(difference) == 0
+
+
+@pytest.mark.checks("eq-eae-batch-noise", how="exact")
+def test_the_noise_of_normal_codes_has_its_leading_term_and_an_error_of_second_order():
+    """B v follows chi-squared with B - 1 degrees of freedom, so the mean of its root is a ratio of Gamma functions."""
+    with mp.workdps(40):
+        errors = []
+        for size in (mp.mpf(10) ** k for k in (2, 3, 4)):
+            root = mp.sqrt(2 / size) * mp.gammaprod([size / 2], [(size - 1) / 2])
+            errors.append(abs(2 - 2 * root - (1 + mp.mpf(3 - 1) / 4) / size) * size**2)
+        assert all(0.01 < error < 10 for error in errors)
+        assert abs(errors[1] - errors[2]) < 0.01 * errors[2], "it settles: the error is of the order 1 / B²"
+
+
+def test_running_averages_add_their_own_share_to_the_noise():
+    """Training against evaluation: 2 / (2 - w) times the noise against ideal statistics, w the newest batch's weight.
+
+    The weight is the module's default, which the test finds by what it does.
+    """
+    size, batches, w = 128, 4000, 0.1
+    generator = torch.Generator().manual_seed(5)
+    norm, differences = CodeBatchNorm(4).double(), []
+    for _ in range(batches):
+        u = torch.randn(size, 4, dtype=torch.float64, generator=generator)
+        expected = norm.eval()(u)
+        differences.append((norm.train()(u) - expected).square().mean())
+    against_ideal = 2 - 2 * float(mp.sqrt(2 / mp.mpf(size)) * mp.gammaprod([size / 2], [(size - 1) / 2]))
+    settled = torch.stack(differences[100:]).reshape(-1, 50).mean(1)  # means of 50, as neighbours share averages
+    assert_z(settled, against_ideal * 2 / (2 - w))
+    with pytest.raises(AssertionError):
+        assert_z(settled, against_ideal)
+    with pytest.raises(AssertionError):
+        assert_z(settled, against_ideal * 2 / (2 - 0.2))
+
+
+def test_the_measure_of_shape_is_for_few_dimensions():
+    """For normal codes it should give 0: it does so within a tenth of a nat at 8 dimensions, and not at 32."""
+
+    def shape(d):
+        z = torch.randn(5000, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+        return float(gaussian_entropy(torch.cov(z.T)) - knn_entropy(z, 3))
+
+    assert 0 < shape(8) < 0.1
+    assert -3 < shape(32) < -2, "a quantity that is never negative"
+
+
 @pytest.mark.checks("eq-eae-batch-noise", how="statistical")
 @pytest.mark.parametrize(("name", "kurtosis"), [("normal", 3.0), ("uniform", 1.8), ("sign", 1.0)])
 def test_codes_of_a_batch_differ_from_those_of_evaluation_by_the_stated_noise(name, kurtosis):
@@ -240,9 +294,9 @@ def test_codes_of_a_batch_differ_from_those_of_evaluation_by_the_stated_noise(na
 
 
 def test_the_chapters_reading_of_the_recorded_runs():
-    """The sentences below the table; each compares means of three seeds, four standard errors apart or more."""
+    """The sentences below the table: means of three seeds four standard errors apart, or differences by seed."""
     root = Path(__file__).parents[1] / "book" / "results"
-    names = ("autoencoder", "batch_norm", "eae")
+    names = ("autoencoder", "batch_norm", "eae", "vae")
     runs = {name: json.loads((root / name / "mnist-medium.json").read_text(encoding="utf-8")) for name in names}
 
     def values(name, metric):
@@ -264,8 +318,43 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert clearly_less(("batch_norm", gaussian), ("batch_norm", normal))
     assert all(clearly_less((name, mixture), (name, normal)) for name in names)
     assert all(clearly_less(("autoencoder", mixture), ("eae", source)) for source in (normal, gaussian, mixture))
-    assert clearly_less(("autoencoder", "squared error"), ("eae", "squared error"))
     assert clearly_less(("eae", "max correlation"), ("batch_norm", "max correlation"))
+
+    def by_seed(name, metric):
+        return runs[name]["metrics"][metric]["by seed"]
+
+    # Neither ingredient is free.
+    for metric, batch_norm, entropy in (("squared error", 0.02, 0.04), ("Fréchet, reconstructions", 0.44, 0.175)):
+        assert less(by_seed("autoencoder", metric), by_seed("batch_norm", metric))
+        assert less(by_seed("batch_norm", metric), by_seed("eae", metric))
+        first, second, third = (values(name, metric)[0] for name in ("autoencoder", "batch_norm", "eae"))
+        assert second / first - 1 == pytest.approx(batch_norm, rel=0.25)
+        assert third / second - 1 == pytest.approx(entropy, rel=0.25)
+
+    # Coordinates come nearer to normal and lengths leave their law, in every seed, beyond a normal sample's noise.
+    pairs = {
+        metric: list(zip(by_seed("batch_norm", metric), by_seed("eae", metric), strict=True))
+        for metric in ("ks marginal", "ks radius", "radius std")
+    }
+    noise = max(by_seed("eae", "ks noise"))
+    assert all(before > after > noise for before, after in pairs["ks marginal"])
+    assert all(5 * noise < before < after for before, after in pairs["ks radius"])
+    assert all(0.85 > before > after for before, after in pairs["radius std"])
+    assert less(by_seed("batch_norm", "ks radius"), by_seed("eae", "ks radius"))
+    assert less(by_seed("eae", "radius std"), by_seed("batch_norm", "radius std"))
+    lack = {name: 1 - values(name, "radius std")[0] for name in ("batch_norm", "eae")}
+    assert lack["batch_norm"] > 0.6 * lack["eae"]  # most of it is there without the entropy
+
+    # The variational autoencoder beside them, and the coordinate that one of three has lost.
+    def level(first, second, metric):
+        (a, error_a), (b, error_b) = values(first, metric), values(second, metric)
+        return abs(a - b) < 2 * math.hypot(error_a, error_b)
+
+    assert level("vae", "batch_norm", normal)
+    assert clearly_less(("eae", normal), ("vae", normal), 0.8)
+    assert all(level("vae", "eae", metric) for metric in (mixture, "Fréchet, reconstructions", "squared error"))
+    active, error = by_seed("vae", "active units"), by_seed("vae", "squared error")
+    assert sorted(active) == [7, 8, 8] and active.index(7) == error.index(max(error))
 
 
 def model(lam=1.0, **options):
@@ -338,6 +427,26 @@ def test_evaluation_does_not_depend_on_the_company():
 def test_a_weight_that_is_negative_or_no_number_is_refused(lam):
     with pytest.raises(ValueError, match="lam must be"):
         model(lam=lam)
+
+
+def test_the_documented_defaults_are_a_weight_of_one_and_the_nearest_neighbour():
+    torch.manual_seed(0)
+    default = EAE(*nets.mlp_pair((1, 4, 4), 3, hidden=(16,)), 3).double()
+    loss, explicit = default.loss(images()), model(lam=1.0, k=1).loss(images())
+    torch.testing.assert_close(loss.total, explicit.total, rtol=0, atol=0)
+    torch.testing.assert_close(loss.total, loss.reconstruction - loss.entropy)
+    assert loss.entropy.abs().min() > 0
+
+
+def test_in_evaluation_the_loss_has_the_same_terms_and_signs():
+    m, x = model(lam=0.7, k=2), images()
+    for _ in range(3):
+        m.loss(x)
+    m.eval()
+    loss, z = m.loss(x), m.encode(x)
+    torch.testing.assert_close(loss.reconstruction, (x - m.decode(z)).square().sum((1, 2, 3)))
+    torch.testing.assert_close(loss.entropy, knn_local_entropy(z, 2))
+    torch.testing.assert_close(loss.total, loss.reconstruction - 0.7 * loss.entropy)
 
 
 def test_equal_images_stop_with_a_reason():

@@ -126,6 +126,8 @@ BAD = {
     "copies": (dict(x=torch.tensor([[0.0], [0.0], [1.0]])), "2 of 3 points that coincide"),
     "copies, k = 2": (dict(x=torch.tensor([[0.0], [0.0], [1.0]]), k=2), "coincide"),
     "unknown policy": (dict(x=sample(3, 2), duplicates="jitter"), "duplicates must be"),
+    "an array": (dict(x=np.zeros((3, 2))), "x must be a tensor, got ndarray: torch.as_tensor"),
+    "half a chunk": (dict(x=sample(3, 2), chunk_size=2.5), "chunk_size must be a whole number"),
     "no chunk": (dict(x=sample(3, 2), chunk_size=0), "chunk_size"),
 }
 
@@ -135,6 +137,34 @@ def test_bad_input_is_named(name):
     arguments, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         knn_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("far", ["large", "small"])
+def test_values_whose_squares_leave_the_range_have_the_entropy_of_the_others(far, p, dtype):
+    """H(a x) = H(x) + d log a up to both ends of the floating-point numbers; with a power of two x loses no digit."""
+    x = sample(40, 3).to(dtype).clamp(-3.9, 3.9)
+    limits = torch.finfo(dtype)
+    power = round(math.log2(limits.max)) - 3 if far == "large" else round(math.log2(limits.tiny)) + 12
+    a = (x * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)).requires_grad_()
+    found = knn_entropy(a, 2, p=p)
+    assert found.item() == pytest.approx(knn_entropy(x, 2, p=p).item() + 3 * power * math.log(2), rel=1e-6)
+    if far == "large":  # the gradient of small ones is beyond the range
+        (gradient,) = torch.autograd.grad(found, a)
+        assert float((x * gradient * 2.0**power).sum()) == pytest.approx(3, rel=1e-4)
+
+
+def test_an_integer_of_numpy_is_one():
+    assert knn_entropy(sample(9, 2), np.int64(2)) == knn_entropy(sample(9, 2), 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_numbers_that_are_none_are_named(value):
+    with pytest.raises(ValueError, match="d must be at least 1"):
+        log_unit_ball_volume(value)
+    with pytest.raises(ValueError, match="n must be at least 2"):
+        knn_entropy_bound(value, 2)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
@@ -151,6 +181,20 @@ def test_clamped_copies_are_finite_and_have_no_gradient(p):
 def test_clamping_changes_nothing_where_nothing_coincides():
     x = sample(50, 4)
     torch.testing.assert_close(knn_entropy(x, duplicates="clamp"), knn_entropy(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [-30, -15, -8, 0, 8, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_clamp_is_relative_to_the_data(exponent, dtype):
+    """With copies, too, H(a x) = H(x) + d log a: a bound of a fixed size would drown small data, or miss large ones."""
+    x, a = sample(40, 3).to(dtype), 2.0**exponent  # a power of two, so that scaling does not round
+    x[1] = x[0]
+    shift = 3 * exponent * math.log(2)
+    local, scaled = (knn_local_entropy(y, duplicates="clamp").double() for y in (x, a * x))
+    torch.testing.assert_close(scaled, local + shift, rtol=1e-6, atol=1e-4)
+    assert float(local[0]) == pytest.approx(float(local[2:].median()) + 3 * math.log(torch.finfo(dtype).eps), abs=8), (
+        "the bound is the rounding error of the data, not a fixed distance"
+    )
 
 
 @pytest.mark.parametrize(("n", "d", "message"), [(1, 2, "n must be"), (3, 0, "d must be")])

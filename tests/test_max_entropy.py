@@ -959,6 +959,47 @@ def test_truncated_normals_stay_below_twice_the_squared_mean(lam1):
     assert m**2 < v < 2 * m**2
 
 
+def test_a_truncated_normal_exists_for_every_second_moment_between():
+    """exp(-t z - z²) on the half line has every ratio between 1 and 2; scaled, it meets any pair of constraints."""
+
+    def moments(t):
+        # by the error function, with the sum of the exponents kept small
+        half = mp.sqrt(mp.pi) / 2 * mp.erfc(t / 2) * mp.exp(t * t / 4)
+        first = (1 - t * half) / 2
+        return first / half, (half - t * first) / 2 / half
+
+    def ratio(t):
+        mean, second = moments(t)
+        return second / mean**2
+
+    with mp.workdps(60):
+        assert 1 < ratio(mp.mpf(-200)) < mp.mpf("1.0001") and mp.mpf("1.999") < ratio(mp.mpf(200)) < 2
+        for wanted in ("1.02", "1.3", "1.5708", "1.9", "1.98"):
+            t = mp.findroot(lambda t, wanted=wanted: ratio(t) - mp.mpf(wanted), (-30, 60), solver="anderson", tol=1e-40)
+            m = mp.mpf("1.7")
+            scale = m / moments(t)[0]
+            lam1, lam2 = t / scale, 1 / scale**2
+            shape = lambda z, lam1=lam1, lam2=lam2: mp.exp(-lam1 * z - lam2 * z * z + min(0, lam1) ** 2 / (-4 * lam2))
+            knots = mp.linspace(0, 80 * m, 81)
+            total, first, second = (quad(lambda z, k=k, shape=shape: z**k * shape(z), knots) for k in (0, 1, 2))
+            assert same(first / total, m, 20) and same(second / total, mp.mpf(wanted) * m * m, 20)
+
+
+@pytest.mark.parametrize(("m", "v"), [("1", "2.01"), ("0.2", "0.3"), ("3", "100")])
+def test_the_numbers_of_the_escaping_mass_exist(m, v):
+    """The sign of the second constraint changes between any fixed length and m / epsilon, for small epsilon."""
+    m, v = mp.mpf(m), mp.mpf(v)
+    assert v > 2 * m**2
+    for power in (4, 6, 8):
+        epsilon = mp.mpf(10) ** -power
+        mean = lambda far: (m - epsilon * far) / (1 - epsilon)
+        excess = lambda far: 2 * (1 - epsilon) * mean(far) ** 2 + epsilon * (far**2 + mp.mpf(1) / 12) - v
+        least = max(m, mp.mpf(1) / 2)
+        assert excess(least) < 0 < excess(m / epsilon) and abs(mean(m / epsilon)) < mp.mpf(10) ** -30
+        far = mp.findroot(excess, (least, m / epsilon), solver="anderson", tol=1e-30)
+        assert far > mp.mpf(1) / 2 and mean(far) > 0
+
+
 def test_only_the_mean_on_the_line_has_no_bound():
     a = sp.symbols("a", positive=True)
     assert sp.limit(sp.log(2 * a), a, sp.oo) == sp.oo
