@@ -335,6 +335,29 @@ def test_far_out_a_quartic_energy_refuses_everything():
     assert sp.simplify(polynomial.LC() + eps / 8 * (eps / 2) ** 6) == 0
 
 
+@pytest.mark.parametrize(
+    ("eps", "wall", "before", "peak"), [(0.1, 5.6, 1e-6, 0.98), (0.3, 3.3, 0.06, 0.85), (1.0, 2.1, 0.46, 0.48)]
+)
+def test_the_acceptance_of_a_quartic_energy_rises_once_more_before_it_falls(eps, wall, before, peak):
+    """The figure of the chapter: a wall or a dip, and behind it a peak a little before z² = 1 + 4 / eps."""
+    z = torch.linspace(0, 8, 801, dtype=torch.float64)
+    xi = torch.from_numpy(stats.norm.ppf((np.arange(4001) + 0.5) / 4001))
+
+    def u(z):
+        return z**4 / 4 - z**2 / 2
+
+    new = (z - eps / 2 * (z**3 - z))[:, None] + math.sqrt(eps) * xi
+    back = (z[:, None] - new + eps / 2 * (new**3 - new)).square() / (2 * eps)
+    accept = (u(z)[:, None] - u(new) + xi**2 / 2 - back).clamp(max=0).exp().mean(1)
+    opposite = math.sqrt(1 + 4 / eps)  # here the drift alone leads to -z
+    assert opposite - eps / 2 * (opposite**3 - opposite) == pytest.approx(-opposite)
+    assert accept[0] > 0.95
+    assert float(accept[(z - wall).abs() < 0.3].min()) < before
+    near = (z > 0.9 * opposite) & (z < opposite)
+    assert peak < float(accept[near].max()) < peak + 0.05
+    assert (accept[z > 1.3 * opposite] < 1e-6).all()
+
+
 def test_frozen_chains_and_what_shows_them():
     """Chains at |z| > 3 never move at eps = 1; the acceptance of each chain says so, their mean does not."""
     run = mala(
@@ -383,7 +406,14 @@ def test_a_barrier_is_invisible_to_the_acceptance():
     }
     for run in runs.values():
         assert float(run.acceptance.mean()) == pytest.approx(0.574, abs=0.04)
-    assert float(runs[1.0].r_hat[0]) < 1.1 and float(runs[10.0].r_hat[0]) > 3
+    assert float(runs[1.0].r_hat[0]) < 1.1
+    x = torch.linspace(0, 3, 3001, dtype=torch.float64)  # one well, by quadrature
+    p = (-10 * (x**2 - 1) ** 2).softmax(0)
+    mean, square = float(p @ x), float(p @ x**2)
+    stuck = math.sqrt(1 + mean**2 / (square - mean**2))  # as in the exercise
+    assert 8 < stuck < 9 and float(runs[10.0].r_hat[0]) == pytest.approx(stuck, rel=0.05)
+    # The scores see that the sides do not overlap, and no distance: 1.66, and 128 halves instead of many.
+    assert float(runs[10.0].rank_r_hat[0]) == pytest.approx(math.sqrt(math.pi / (math.pi - 2)), rel=0.02)
     one_side = mala(
         lambda z: 10 * (z[:, 0] ** 2 - 1) ** 2 + 0.5 * z[:, 1] ** 2,
         starts.abs(),
@@ -410,6 +440,15 @@ def test_the_pull_back_gives_the_model_and_the_sources_energy_does_not():
         bounds = [-4, -2, 0, 2, 4]  # sinh 4 = 27: nothing beyond
         pulled = mp.quad(lambda z: f(mp.sinh(z)) * mp.exp(-u(mp.sinh(z))) * mp.cosh(z), bounds)
         assert abs(pulled - expected) < 1e-20
+
+        # A bounded generator, 2 tanh: the model cut off at its range and normalised there, not the model.
+        cosh = [mp.quad(lambda z, g=g: g(2 * mp.tanh(z)) * mp.exp(-u(2 * mp.tanh(z))) * 2 / mp.cosh(z) ** 2,
+                        [-mp.inf, -1, 0, 1, mp.inf]) for g in (f, lambda x: 1)]  # fmt: skip
+        cut, line_of = (
+            mp.quad(lambda x: f(x) * mp.exp(-u(x)), ends) / mp.quad(lambda x: mp.exp(-u(x)), ends)
+            for ends in ([-2, 0, 2], line)
+        )
+        assert abs(cosh[0] / cosh[1] - cut) < 1e-15 and abs(cut - line_of) > 0.01
 
         # A curve (t, t^2 / 2) in the plane, parametrised by z -> t = sinh z; arc length by its closed form
         def on_curve(t):
@@ -552,6 +591,18 @@ def test_residual_energies_for_an_invertible_and_a_folded_generator():
         assert (
             abs(codes(lambda z: mp.log(mp.exp(z))) - generated) < 1e-8
         )  # G = exp, W and f of log x: lognormal density
+
+
+def test_the_logit_of_the_best_discriminator_is_the_log_ratio():
+    """Its probability of a datum is p / (p + p_G); the logarithm of the ratio is the logit of that."""
+    t = sp.symbols("t", real=True)
+    p, g = sp.symbols("p p_G", positive=True)
+    sigmoid = 1 / (1 + sp.exp(-t))
+    gain = p * sp.log(sigmoid) + g * sp.log(1 - sigmoid)  # at one place, with its densities of data and samples
+    best = sp.log(p) - sp.log(g)
+    assert sp.simplify(sp.diff(gain, t).subs(t, best)) == 0
+    assert sp.simplify(sp.diff(gain, t, 2)).subs({p: 2, g: 3, t: 1}) < 0
+    assert sp.simplify(sigmoid.subs(t, best) - p / (p + g)) == 0
 
 
 @pytest.mark.checks("eq-latent_mcmc-residual", how="statistical")

@@ -586,7 +586,7 @@ def four_chains_of_different_widths():
 def test_only_the_rank_normalised_r_hat_sees_chains_of_different_widths():
     z = four_chains_of_different_widths()
     assert float(split_rhat(z)) == pytest.approx(math.sqrt(1 - 1 / 500))  # B = 0, whatever the widths
-    assert float(rank_rhat(z)) > 1.1
+    assert float(rank_rhat(z)) == pytest.approx(1.35, abs=0.05)  # between samples of four chains it varies by 0.02
     assert float(rank_rhat(normal(1000, 4, 1, seed=13))) < 1.01
 
 
