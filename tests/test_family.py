@@ -12,9 +12,11 @@ import sympy as sp
 import torch
 from helpers import assert_z
 from scipy.spatial.distance import pdist, squareform
+from torch import nn
 
-from gae_core import metrics, records
+from gae_core import data, metrics, records
 from gae_core.gaussian import standard_normal_log_prob
+from gae_core.judge import classifier
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
 from gae_core.sampling import GaussianMixture, fit_gaussian_mixture
 from gae_core.studies import family
@@ -454,6 +456,215 @@ def test_members_are_the_methods_that_they_are_named_after():
     centred = test.double().numpy() - noisy.mean_
     shrunk = noisy.mean_ + centred @ axes.T @ np.diag(1 - noise / values) @ axes
     torch.testing.assert_close(ppca.reconstruct(test, None).double(), torch.from_numpy(shrunk), rtol=0, atol=1e-5)
+
+
+def as_sets(*parts):
+    return [{tuple(row.tolist()) for row in data.to_unit(x).flatten(1)} for x in parts]
+
+
+@pytest.mark.parametrize("size", ["short", "medium"])
+def test_test_images_are_not_among_the_training_images(size):
+    whole, images = data.load("digits"), family.images_of("digits", size)
+    train, test, all_train, all_test = as_sets(images.x_train, images.x_test, whole.x_train, whole.x_test)
+    assert not all_train & all_test  # so that sets tell
+    assert train <= all_train and test <= all_test
+    limits = family.SIZES[size]
+    assert len(train) == min(limits.rows, len(whole.x_train)) and len(test) == min(limits.test, len(whole.x_test))
+    again = {tuple(x.tolist()): int(y) for x, y in zip(whole.x_train.flatten(1), whole.y_train, strict=True)}
+    assert all(again[tuple(x.tolist())] == y for x, y in zip(images.x_train.flatten(1), images.y_train, strict=True))
+
+
+@pytest.fixture
+def linear_nets(monkeypatch):
+    """Encoders and decoders that are linear, so that all densities have a closed form."""
+
+    def pair(shape, dim, *, heads=1, **_):
+        return nn.Linear(shape[0], heads * dim), nn.Linear(dim, shape[0])
+
+    monkeypatch.setattr(family.nets, "mlp_pair", pair)
+    monkeypatch.setattr(family.nets, "mlp", lambda sizes, **_: nn.Linear(sizes[0], sizes[-1]))
+    monkeypatch.setattr(family.nn, "Sigmoid", nn.Identity)  # behind the decoder of the CVAE
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "gae", "eae", "vae", "vae_fixed", "bn_vae", "cvae", "gan"])
+def test_fitted_and_measured_a_linear_decoder_has_its_exact_density(name, linear_nets):
+    """The whole way, with what is added on it: the noise of the test, for each pixel; log 10 for a label."""
+    images = family.images_of("digits", "short")
+    size = dataclasses.replace(family.SIZES["short"], epochs=5, density=40, draws=4000, probe=40)
+    x, y = images.x_train.flatten(1), images.y_train
+    member = family.fit(name, x, y, size, 0)
+    found, _ = family.measure(dataclasses.replace(member, fill=None, plain_density=None, told=True), images, size, 0)
+
+    # the decoder from what it does, by least squares
+    told = name == "cvae"
+    z = torch.cat([member.codes(x, y), nn.functional.one_hot(y, 10) if told else torch.ones(len(x), 1)], 1).double()
+    back = member.reconstruct(x, y).double()
+    table = torch.linalg.lstsq(z, back).solution
+    torch.testing.assert_close(z @ table, back, rtol=0, atol=1e-4)
+    W = table[:10].T
+    seen = 2000 if name == "gan" else 5000
+    variance = (x - back)[:seen].square().mean(0) + 0.1**2  # of the pixels, and of the test
+    prior = fit_gaussian_mixture(z[:, :10], 10, seed=0) if name == "autoencoder" else None
+    clean, labels = images.x_test[:40].flatten(1), images.y_test[:40]
+    noise = torch.randn(images.x_test.flatten(1).shape, generator=torch.Generator().manual_seed(0))[:40]
+    noisy = (clean + 0.1 * noise).double()
+    centres = table[10 + labels] if told else table[10].expand(40, -1)
+    zero = torch.zeros(64).double()
+    exact = family.linear_density(noisy - centres, zero, W, variance, prior) - (math.log(10) if told else 0)
+    # for N(0, I) the proposal is the posterior; for a mixture it is not
+    tolerance = 0.3 if name == "autoencoder" else 5e-3
+    assert found["log-density, nats"] == pytest.approx(float(exact.mean()), abs=tolerance)
+    error = float(exact.std()) / 40**0.5
+    assert found["log-density, standard error over images"] == pytest.approx(error, rel=0.05)
+    assert abs(found["log-density, rise at the last doubling of draws"]) < tolerance
+
+
+def test_a_label_costs_its_logarithm_and_bounds_what_all_labels_give():
+    decode, mu, W, x, noise, _ = linear_model()
+    shifts = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).double()
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    does = family._by_search(
+        lambda z, hot: decode(z) + hot.double() @ shifts, noise, mu, 0, lambda x, y: torch.zeros(len(x), 2).double(),
+        classes=3,
+    )  # fmt: skip
+    by_label = torch.stack([factor_log_likelihood(x - shift, mu, W, noise) for shift in shifts]) - math.log(3)
+    found = does["log_density"](x, x, labels, 2).values
+    torch.testing.assert_close(found, by_label.gather(0, labels[None])[0])
+    assert (found < by_label.logsumexp(0)).all()
+
+
+def test_samples_of_local_pca_have_the_moments_of_its_reconstructions():
+    """In each component the codes' covariance is diagonal: the principal axes'."""
+    images = family.images_of("digits", "medium")
+    x = images.x_train.flatten(1)
+    member = family.fit("local_pca", x, images.y_train, family.SIZES["short"], 0)
+    back = member.reconstruct(x, None).double()
+    drawn = member.fitted(50_000, torch.Generator().manual_seed(0)).double()
+    spread, found = (torch.cov(v.T) for v in (back, drawn))
+    assert float(found.trace() / spread.trace()) == pytest.approx(1, abs=0.02)
+    assert float(torch.linalg.matrix_norm(found - spread) / torch.linalg.matrix_norm(spread)) < 0.03
+    torch.testing.assert_close(drawn.mean(0), back.mean(0), rtol=0, atol=0.01)
+
+
+# ---- measures of members that are known --------------------------------------------------------------------------
+
+
+def short():
+    images = family.images_of("digits", "short")
+    return images, images.x_test.flatten(1), family.SIZES["short"]
+
+
+def test_measures_of_what_is_known():
+    images, x, size = short()
+    given = []
+
+    def log_density(noisy, clean, labels, draws):
+        assert torch.equal(labels, images.y_test[: len(labels)])
+        given.append((len(noisy), draws))
+        return family.Density((noisy - clean).square().sum(1), doubled=torch.arange(len(noisy)).double())
+
+    member = family.Member(
+        0,
+        codes=lambda x, y: 3 * x,
+        reconstruct=lambda x, y: x + 0.2,
+        sample=lambda n, g: images.x_train.flatten(1)[:n],
+        log_density=log_density,
+        plain_density=lambda *args: family.Density(log_density(*args).values - 7),
+        fill=lambda hidden, seen, labels, draws: torch.where(seen, math.inf, 0.25).expand_as(hidden),
+    )
+    found, _ = family.measure(member, images, size, 0)
+    assert found["squared error a pixel"] == pytest.approx(0.04)
+    judge = classifier(data.load("digits")).features
+    features = [metrics.in_batches(judge, v) for v in (images.x_train[: len(x)], images.x_test)]
+    assert found["Fréchet, own"] == pytest.approx(metrics.frechet_distance(*features))
+    assert found["trustworthiness"] == 1
+    noise = found["log-density, nats"] / 64 / 0.1**2  # chi-squared of 640 degrees of freedom
+    assert abs(noise - 1) < 4 * math.sqrt(2 / 640)
+    assert found["log-density, rise at the last doubling of draws"] == 4.5
+    assert found["log-density, gain of a noise a pixel"] == pytest.approx(7, abs=1e-4)
+    assert given[:2] == [(10, 10), (10, 10)] and {draws for _, draws in given[2:]} == {2}
+    right = images.x_test[:40, :, :, 4:]
+    assert found["squared error of a missing pixel"] == pytest.approx(float((right - 0.25).square().mean()))
+    # an error that is the same for all images tells nothing; nor does noise
+    assert found["AUROC of the error, halves"] == pytest.approx(0.5, abs=0.1)  # rounding decides
+    assert found["AUROC of the density, turned"] == pytest.approx(0.5, abs=0.01)  # odd image i has the noise of image i
+
+
+def test_scores_of_what_is_odd_point_the_right_way():
+    """Trained on the images that are to be told from odd ones, a nearest neighbour knows them all."""
+    images, x, size = short()
+    known = family.Member(
+        0,
+        reconstruct=lambda flat, y: x[torch.cdist(flat, x).argmin(1)],
+        log_density=lambda noisy, clean, labels, draws: family.Density(-torch.cdist(noisy, x).amin(1)),
+    )
+    found, _ = family.measure(known, images, size, 0)
+    for kind in ("halves", "turned"):
+        assert found[f"AUROC of the error, {kind}"] > 0.95 and found[f"AUROC of the density, {kind}"] > 0.95
+
+
+def test_leaks_are_noticed():
+    """What has seen training images alone is asked about test images; what is hidden stays hidden."""
+    images, x, size = short()
+    train = {tuple(row.tolist()) for row in images.x_train.flatten(1)}
+    cheat = family.Member(
+        0,
+        reconstruct=lambda x, y: torch.stack([row if tuple(row.tolist()) in train else 0 * row for row in x]),
+        fill=lambda hidden, seen, labels, draws: hidden,  # it "fills in" what it was not to see
+    )
+    found, shown = family.measure(cheat, images, size, 0)
+    assert found["squared error a pixel"] == pytest.approx(float(x.square().mean()))
+    assert math.isnan(found["squared error of a missing pixel"])
+    assert torch.equal(shown["test images"].flatten(1), x[:32])
+
+
+def test_densities_are_fitted_to_codes_of_training_images():
+    """Train on digits below 5, test on the others: samples are of the former, and far from the latter."""
+    whole, size = data.load("digits"), family.SIZES["short"]
+    small, large = whole.y_train < 5, whole.y_train >= 5
+    parts = (whole.x_train[small], whole.y_train[small], whole.x_train[large], whole.y_train[large])
+    images = data.Images("digits", *parts)
+    x = whole.x_train.flatten(1)
+    mean, axes = x.mean(0), torch.pca_lowrank(x, 10)[2]
+    project = lambda x, y: (x - mean) @ axes  # noqa: E731
+    member = family.Member(0, codes=project, decode=lambda z: mean + z @ axes.T)
+    found, _ = family.measure(member, images, size, 0)
+    judge = classifier(whole).features
+
+    def distance(a, b):
+        return metrics.frechet_distance(*(metrics.in_batches(judge, v) for v in (a, b)))
+
+    back = [(mean + project(v.flatten(1), None) @ axes.T).clamp(0, 1).view_as(v) for v in (parts[0], parts[2])]
+    assert 0.5 * distance(back[0], parts[2]) < found["Fréchet, fitted"] < 1.5 * distance(back[0], parts[2])
+    assert found["Fréchet, fitted"] > 5 * distance(back[1], parts[2])  # which is what a leak would give
+
+
+def test_records_say_what_members_were_made_with(monkeypatch):
+    """What stands under "options" is what the models have."""
+    made = []
+    monkeypatch.setattr(family, "_fit", lambda model, *args, **options: made.append((model, options)) or model.eval())
+    images, size = family.images_of("digits", "short"), family.SIZES["short"]
+    for name, (_, _, trained) in family.MEMBERS.items():
+        if not trained:
+            continue
+        family.fit(name, images.x_train.flatten(1), images.y_train, size, 0)
+        model, how = made.pop()
+        told = family._settings(name, "digits", "medium")
+        assert (told["batch"], told["lr"]) == (family.BATCH, how.get("lr", family.LR))
+        assert told["epochs"] == 7 * 20 * how.get("times", 1)
+        for key, value in told["options"].items():
+            if key in ("corruption", "gamma", "betas"):  # in a part of the model, or of the training
+                continue
+            if key == "sigma" and name in ("vae", "iwae", "bn_vae", "cvae"):
+                assert value is None and isinstance(model.log_sigma, nn.Parameter)
+            elif key == "sigma" and name == "vae_fixed":
+                assert model.log_sigma.exp().item() == pytest.approx(value)
+            else:
+                assert getattr(model, key) == value, (name, key)
+        assert ("gamma" in told["options"]) == (getattr(model, "norm", None) is not None)
+    assert family._settings("bn_vae", "mnist", "medium")["options"]["gamma"] == 0.7
+    assert family._settings("denoising", "mnist", "medium")["options"]["corruption"] == 0.3
+    assert family._settings("gan", "mnist", "medium")["options"]["betas"] == [0.5, 0.9]
 
 
 def test_the_map_of_the_chapter_is_the_map_of_the_code():

@@ -117,7 +117,8 @@ class Member:
         log_density: noisy images, images without the noise, labels, draws -> :class:`Density` of the noisy ones, with
             a variance of the noise for each pixel unless the model says that it is one for all.
         plain_density: the same with one variance for all pixels; None where the noise is a part of the model.
-        fill: noisy images, which pixels are seen (D,), labels, draws -> means of all pixels given those.
+        fill: noisy images, NaN where they are hidden, which pixels are seen (D,), labels, draws -> means of all pixels
+            given those.
         told: whether it is told the label of each image, so that it has nothing to say of one that has none.
     """
 
@@ -836,7 +837,8 @@ def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple
         seen = torch.zeros(shape, dtype=torch.bool)
         seen[..., : shape[2] // 2] = True
         seen = seen.flatten()
-        filled = member.fill(noisy, seen, labels, size.draws)
+        hidden = noisy.masked_fill(~seen, math.nan)  # who looks there has no number to show
+        filled = member.fill(hidden, seen, labels, size.draws)
         found["squared error of a missing pixel"] = float((filled - clean)[:, ~seen].square().mean())
         shown["right half filled in"] = torch.where(seen, clean, filled.float())[:32].clamp(0, 1)
     if member.codes is not None:
