@@ -89,6 +89,16 @@ def test_the_unadjusted_sampler_has_the_bias_of_the_equation(eps):
     assert (run.acceptance == 1).all()
 
 
+def test_one_number_for_all_coordinates_shakes_along_one_line():
+    """The source's noise N(0, 1) for a vector: the stationary covariance is of rank one, that of N(0, I) is not."""
+    eps = sp.symbols("epsilon", positive=True)
+    phi, ones = 1 - eps / 2, sp.ones(3, 3)
+    for noise, rank in ((ones, 1), (sp.eye(3), 3)):
+        covariance = noise / (1 - eps / 4)
+        assert sp.simplify(phi**2 * covariance + eps * noise - covariance) == sp.zeros(3)
+        assert covariance.rank() == rank
+
+
 class Anharmonic:
     """An energy of two coordinates that is no quadratic, for mpmath."""
 
