@@ -157,11 +157,16 @@ def groups(folder: Path = RESULTS, order: Sequence[str] = ()) -> dict[str, list[
 def cell(metric: dict | None) -> str:
     """Mean and standard error, rounded to the first two digits of the error (three of the mean where there is none).
 
-    An error below a ten-thousandth of the mean counts as that much: what lies behind is rounding.
+    An error below a ten-thousandth of the mean counts as that much: what lies behind is rounding. An error of 0, where
+    nothing depends on the seed, is told as "0" beside five digits of the mean, so that it can be compared with means
+    that have an error.
     """
     if metric is None:
         return "–"
     mean, error = metric["mean"], metric["standard error"]
+    if error == 0:
+        text = f"{mean:,.{max(0, 4 - math.floor(math.log10(abs(mean) or 1)))}f}"
+        return f"{text.rstrip('0').rstrip('.') if '.' in text else text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0"
     smallest = max(error, 1e-4 * abs(mean)) if error else abs(mean) / 10
     digits = 0 if smallest == 0 else max(0, 1 - math.floor(math.log10(smallest)))
     text = f"{mean:,.{digits}f}"

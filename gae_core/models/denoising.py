@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from gae_core import parallel
-from gae_core.models.autoencoder import Autoencoder, AutoencoderLoss
+from gae_core.models.autoencoder import Autoencoder, AutoencoderLoss, check_shape
 
 Corruption = Callable[..., Tensor]
 
@@ -71,7 +71,7 @@ class DenoisingAutoencoder(Autoencoder):
 
     With the true reverse conditional the chain has the data's distribution as its stationary one (Bengio et al., 2013).
     The walkback goes on from samples of P for more steps, each of them scored against the clean x: it looks for what
-    the chain would do wrong, and teaches the way back.
+    the chain would do wrong, and teaches the way back. The samples count as data: no gradient passes through them.
 
     Args:
         encoder: module x (batch, ...) -> (batch, dim).
@@ -83,7 +83,8 @@ class DenoisingAutoencoder(Autoencoder):
         walkback: steps, 1 for none.
 
     Raises:
-        ValueError: for another likelihood, or a number out of range.
+        ValueError: for another likelihood, or a number out of range; when used, if x has another shape than what the
+            decoder gives, or entries outside of [0, 1] with the Bernoulli likelihood.
     """
 
     def __init__(
@@ -111,9 +112,15 @@ class DenoisingAutoencoder(Autoencoder):
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> DenoisingLoss:
         """Loss on a batch, its corruption from ``generator``; ``y`` is not used."""
+        if self.likelihood == "bernoulli" and not ((x >= 0) & (x <= 1)).all():
+            raise ValueError(
+                f"x must be in [0, 1] for the Bernoulli likelihood, got values from {float(x.min()):g} to "
+                f"{float(x.max()):g}"
+            )
         current, terms = x, []
         for step in range(self.walkback):
             output = self.decoder(self.encoder(self.corruption(current, generator=generator)))
+            check_shape(x, output)
             if self.likelihood == "bernoulli":
                 error = F.binary_cross_entropy_with_logits(output, x, reduction="none")
             else:
@@ -154,8 +161,15 @@ class DenoisingAutoencoder(Autoencoder):
         r"""Estimate of :math:`\nabla\log p_\sigma(x)` by Tweedie's identity: (r(x) - x) / sigma².
 
         Exact for the best r under the corruption N(0, sigma² I); :math:`p_\sigma` is the density of corrupted data.
+
+        Raises:
+            ValueError: if ``sigma`` is not positive, or x has another shape than what the decoder gives.
         """
-        return (self(x) - x) / sigma**2
+        if not 0 < sigma < float("inf"):
+            raise ValueError(f"sigma must be positive, got {sigma}")
+        output = self(x)
+        check_shape(x, output)
+        return (output - x) / sigma**2
 
 
 class ContractiveAutoencoder(Autoencoder):
@@ -170,7 +184,7 @@ class ContractiveAutoencoder(Autoencoder):
         lam: weight of the penalty, in units of x squared times x squared over code squared.
 
     Raises:
-        ValueError: if ``lam`` is negative.
+        ValueError: if ``lam`` is negative; when used, if x has another shape than what the decoder gives.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, dim: int, *, lam: float) -> None:
@@ -198,7 +212,12 @@ class ContractiveAutoencoder(Autoencoder):
 
         Returns:
             What the decoder shows after each step, (steps, n, ...).
+
+        Raises:
+            ValueError: if ``steps`` is below 1 or ``sigma`` not positive.
         """
+        if steps < 1 or not 0 < sigma < float("inf"):
+            raise ValueError(f"steps must be at least 1 and sigma positive, got steps={steps}, sigma={sigma}")
         found = []
         for _ in range(steps):
             J, h = self.jacobian(x), self.encode(x)

@@ -113,6 +113,44 @@ def build(shape: tuple[int, ...], hidden: int, walkback: int, seed: int) -> Deno
         return DenoisingAutoencoder(encoder, decoder, hidden, corruption=salt_and_pepper(LEVEL), walkback=walkback)
 
 
+@dataclass(frozen=True)
+class Walk:
+    """What chains did, all on the CPU.
+
+    Attributes:
+        labels: class of the mean of P at each step that counts, (steps, chains).
+        confidence: the judge's belief in it, (steps, chains).
+        means: means of P at every so many of these steps, (steps / every, chains, ...).
+        samples: samples of P at the same.
+        shown: what five chains start from and at most 19 later means of theirs, the burn-in included, (<= 20, 5, ...).
+    """
+
+    labels: Tensor
+    confidence: Tensor
+    means: Tensor
+    samples: Tensor
+    shown: Tensor
+
+
+def follow(
+    model: DenoisingAutoencoder, first: Tensor, judge: nn.Module, size: Size, *, generator: torch.Generator
+) -> Walk:
+    """Run chains from ``first`` (chains, ...): the burn-in, of which nothing counts, and then the steps that do."""
+    state, shown = first, [first[:5]]
+    found, kept = [], {"means": [], "samples": []}
+    for step in range(-size.burn_in, size.steps):
+        means, state = (part[0] for part in model.chain(state, 1, generator=generator))
+        if len(shown) < 20 and (step + size.burn_in) % size.every == 0:
+            shown.append(means[:5])
+        if step >= 0:
+            found.append(metrics.in_batches(judge, means).softmax(1).max(1))
+            if (step + 1) % size.every == 0:
+                for key, value in (("means", means), ("samples", state)):
+                    kept[key].append(value.cpu())
+    confidence, labels = (torch.stack(part).cpu() for part in zip(*found, strict=True))
+    return Walk(labels, confidence, *(torch.stack(part) for part in kept.values()), torch.stack(shown).cpu())
+
+
 def _run(name: str, size: str, seed: int, device: torch.device, *, walkback: int, times: int) -> Outcome:
     images, recipe = data.load(name), SIZES[size]
     x, x_test = binary(images.x_train), binary(images.x_test)
@@ -125,23 +163,11 @@ def _run(name: str, size: str, seed: int, device: torch.device, *, walkback: int
     noise = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         parts = [model.loss(rows.to(device), generator=noise).first for rows in x_test.split(1000)]
-    judge, found, first = classifier(images).to(device), [], x_test[: recipe.chains].to(device)
-    state, kept = first, {"means": [], "samples": []}
-    walk = [first[:5]]
-    for step in range(-recipe.burn_in, recipe.steps):
-        means, drawn = (part[0] for part in model.chain(state, 1, generator=noise))
-        state = drawn
-        if len(walk) < 20 and (step + recipe.burn_in) % recipe.every == 0:
-            walk.append(means[:5])
-        if step >= 0:
-            found.append(metrics.in_batches(judge, means).softmax(1).max(1))
-            if (step + 1) % recipe.every == 0:
-                for key, value in (("means", means), ("samples", drawn)):
-                    kept[key].append(value.cpu())
-    confidence, labels = (torch.stack(part).cpu() for part in zip(*found, strict=True))
-    how = mixing(labels, int(images.y_train.max()) + 1)
+    judge = classifier(images).to(device)
+    walk = follow(model, x_test[: recipe.chains].to(device), judge, recipe, generator=noise)
+    how = mixing(walk.labels, int(images.y_train.max()) + 1)
 
-    means, drawn = (torch.cat(kept[key]) for key in ("means", "samples"))
+    means, drawn = walk.means.flatten(0, 1), walk.samples.flatten(0, 1)
     real = images.x_train[torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(seed))]
     held, real = data.to_unit(real[-1000:]), data.to_unit(real[: len(means)])  # as many as there are of the chains
     test = data.to_unit(images.x_test)
@@ -158,14 +184,14 @@ def _run(name: str, size: str, seed: int, device: torch.device, *, walkback: int
         width = max(WIDTHS, key=lambda width: float(fit(held, width=width).mean()))
         return float(fit(test[:1000], width=width).mean())
 
-    walk = torch.stack(walk).cpu().transpose(0, 1).flatten(0, 1)
+    shown = walk.shown.transpose(0, 1).flatten(0, 1)
     return Outcome(
         metrics={
             "Fréchet, means": distance(means, of_test),
             "Fréchet, means: training images": distance(real, of_test),
             "Fréchet, samples": distance(drawn, of_binary),
             "Fréchet, samples: training images": distance(binary(real), of_binary),
-            "confident, %": 100 * float((confidence > 0.9).double().mean()),
+            "confident, %": 100 * float((walk.confidence > 0.9).double().mean()),
             "confident, %: training images": confident(real),
             "label entropy": how.entropy,
             "ESS of the label in 1,000 steps": how.ess,
@@ -177,7 +203,7 @@ def _run(name: str, size: str, seed: int, device: torch.device, *, walkback: int
         parameters=sum(p.numel() for p in model.parameters()),
         training_seconds=seconds,
         samples=epochs * (len(x) // RECIPE["batch_size"]) * RECIPE["batch_size"],
-        figure=plots.image_panels({f"means of P, every {recipe.every} steps": walk}, columns=len(walk) // 5, size=8),
+        figure=plots.image_panels({f"means of P, every {recipe.every} steps": shown}, columns=len(walk.shown), size=8),
     )
 
 
