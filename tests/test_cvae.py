@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import mpmath as mp
 import numpy as np
@@ -10,9 +11,10 @@ import sympy as sp
 import torch
 from helpers import assert_z
 
-from gae_core import nets, records, train
+from gae_core import data, metrics, nets, records, train
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.cvae import CVAE, Beside, FactorisedNet, LabelPriorVAE, quadrant_mask
+from gae_core.studies import cvae as study
 from gae_core.studies.cvae import codes_of_classes
 from gae_core.variational import importance_weighted_nll
 
@@ -399,6 +401,202 @@ def test_the_label_is_learned_and_the_prior_moves():
     for k in range(3):
         assert means[asked == k].mean(0).argmax() == k
     assert model.means.norm(dim=1).max() > 0.1  # of the model with the label in the prior
+
+
+# The studies. Models with known answers, on data whose training and test images differ: a leak would show.
+
+SHIFT = 0.1  # how far the two variants of a pattern are apart
+
+
+def patterns(n, *, scale=1.0):
+    """Three classes of n images of 4 x 4: a row of the class is grey, and a pixel of every second one is SHIFT more."""
+    y = torch.arange(3).repeat_interleave(n)
+    x = 0.5 * torch.nn.functional.one_hot(y, 4).float()[:, None, :, None].expand(-1, 1, 4, 4).clone()
+    x[1::2, 0, 3, 0] += SHIFT * scale
+    return x, y
+
+
+class KnownModel(torch.nn.Module):
+    """Draws the pattern of a class, but that of class 1 for class 2; reconstructs perfectly."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def sample(self, n, y, *, generator):
+        return self.decode(torch.zeros(n, 2), y)
+
+    def decode(self, z, y):
+        x = patterns(1, scale=0.0)[0][torch.tensor([0, 1, 1])[y]]
+        x[1::2, 0, 3, 0] += SHIFT
+        return x
+
+    def forward(self, x, y):
+        return x
+
+
+class Nearest(torch.nn.Module):
+    """A classifier by the nearest of some means, and the image as its own features."""
+
+    def __init__(self, means=None):
+        super().__init__()
+        self.means = means
+
+    def features(self, x):
+        return x.flatten(1)
+
+    def forward(self, x):
+        return -torch.cdist(x.flatten(1), self.means)
+
+
+@pytest.mark.parametrize("codes", ["prior", "a mixture"])
+def test_what_a_study_of_classes_measures_of_a_known_model(codes, monkeypatch):
+    n = study.DRAWN["short"][0] // 3
+    x_train, y_train = patterns(400, scale=5.0)
+    x_test, y_test = patterns(100, scale=3.0)
+    images = data.Images("patterns", x_train, y_train, x_test, y_test)
+    trained, asked = [], []
+
+    def fit(model, x, y, **how):
+        trained.append((x, y, how))
+        if isinstance(model, Nearest):  # it learns the means of what it is shown
+            model.means = torch.stack([x[y == k].mean(0) for k in range(3)]).flatten(1)
+
+    def from_mixtures(model, x, y, labels, *, seed):
+        asked.append((x, y, labels))
+        return torch.zeros(len(labels), 2)
+
+    monkeypatch.setattr(study.data, "load", lambda name: images)
+    monkeypatch.setattr(study, "build", lambda *a, **k: KnownModel())
+    monkeypatch.setattr(study, "classifier", lambda images: Nearest(patterns(1, scale=0.0)[0].flatten(1)))
+    monkeypatch.setattr(study, "Classifier", lambda shape, classes: Nearest())
+    monkeypatch.setattr(study, "codes_of_classes", from_mixtures)
+    monkeypatch.setattr(study, "train", types.SimpleNamespace(fit=fit))
+    outcome = study._classes("patterns", "short", 0, torch.device("cpu"), kind="beside", beta=1.0, codes=codes)
+    found = outcome.metrics
+
+    assert found["share of the label asked for"] == pytest.approx(2 / 3)
+    assert found["the same of reconstructions"] == 1
+
+    def diversity(images_of_a_class, scale):
+        """Of every second image moved, within a class: the share of pairs that differ, times the distance."""
+        rows = min(images_of_a_class, 500)
+        return (rows // 2) * (rows - rows // 2) / (rows * (rows - 1) / 2) * SHIFT * scale
+
+    assert found["diversity"] == pytest.approx(diversity(n, 1.0), rel=1e-4)
+    assert found["diversity of reconstructions"] == pytest.approx(diversity(100, 3.0), rel=1e-4)
+    assert found["diversity of data"] == pytest.approx(diversity(100, 3.0), rel=1e-4)  # of the test images
+    ratio = found["diversity"] / found["diversity of reconstructions"]
+    assert found["diversity over that of reconstructions"] == pytest.approx(ratio)
+
+    # The first training is the model's, on all training images; two classifiers follow, on samples and on real images.
+    (x, y, how), (drawn, labels, _), (real, of_real, _) = trained
+    assert x is x_train and y is y_train and how["epochs"] == study.EPOCHS["short"] == outcome.samples / len(x)
+    assert len(drawn) == len(real) == 3 * n and torch.equal(labels, torch.arange(3).repeat_interleave(n))
+    torch.testing.assert_close(drawn, KnownModel().decode(None, labels))
+    moved = real[:, 0, 3, 0]
+    assert set(moved.unique().tolist()) == set(x_train[:, 0, 3, 0].unique().tolist()), "training images, not test ones"
+    assert torch.equal(real.flatten(1)[:, [0, 4, 8]].argmax(1), of_real), "with their own labels"
+    # The classifier of the samples has learnt class 1's pattern twice: it is right on classes 0 and one of the others.
+    learnt = Nearest(torch.stack([drawn[labels == k].mean(0) for k in range(3)]).flatten(1))
+    accuracy = float((learnt(x_test).argmax(1) == y_test).double().mean())
+    assert found["accuracy trained on samples"] == accuracy < 0.7
+    assert found["accuracy trained on as many real images"] == 1
+    expected = metrics.frechet_distance(drawn.flatten(1), x_test.flatten(1))
+    assert found["Fréchet"] == pytest.approx(expected, rel=1e-4)
+    if codes == "prior":
+        assert not asked
+    else:
+        ((x, y, labels),) = asked
+        assert torch.equal(x, x_train) and torch.equal(y, y_train) and torch.equal(labels, labels.sort().values)
+
+
+def test_the_diversity_is_within_classes():
+    """Copies of one image a class have none, however far the classes are apart."""
+    y = torch.arange(5).repeat(20)
+    x = y[:, None].float().expand(-1, 3)
+    assert study._diversity(x, y) == 0
+    x = x + torch.tensor([[0.0, 0.0, 2.0]]) * (torch.arange(100) < 50)[:, None]  # two of each class, 2 apart
+    assert study._diversity(x, y) == pytest.approx(2 * 100 / 190)
+
+
+def test_what_a_study_of_completions_measures_of_known_networks(monkeypatch):
+    """Constant logits, no code: all likelihoods are known.
+
+    The images held back decide when to stop, the test ones are measured, and neither is trained on.
+    """
+    logits = [2.0, -1.0, 0.5]  # after each round of the training
+
+    def of(share, n):
+        """White images of 4 x 4, a share of n, and black ones."""
+        x = torch.zeros(n, 1, 4, 4)
+        x[: round(share * n)] = 1
+        return x
+
+    x_train = torch.cat([of(1.0, 900), of(0.1, 100)])  # the last tenth is held back
+    x_test, none = of(0.8, study.TEST["short"][0]), torch.zeros(0, dtype=torch.int64)
+    images = data.Images("shares", x_train, none, x_test, none)
+    trained = []
+
+    def constant(width_in, width_out):
+        network = torch.nn.Linear(width_in, width_out)
+        torch.nn.init.zeros_(network.weight)
+        torch.nn.init.zeros_(network.bias)
+        return network
+
+    def completion(seen, rest, *, seed):
+        assert (seen, rest) == (4, 12)
+        encoder, decoder = constant(seen + rest, 4), constant(2 + seen, rest)
+        return FactorisedNet(constant(seen, rest)), CVAE(Beside(encoder), Beside(decoder), 2, prior=constant(seen, 4))
+
+    def fit(network, x, y, *, epochs, callback, **how):
+        trained.append((x, y, epochs))
+        last = network.network if isinstance(network, FactorisedNet) else network.decoder.network
+        for epoch, value in enumerate(logits):
+            torch.nn.init.constant_(last.bias, value)
+            callback(network, epoch)
+
+    monkeypatch.setattr(study.data, "load", lambda name: images)
+    monkeypatch.setattr(study, "completion", completion)
+    monkeypatch.setattr(study, "train", types.SimpleNamespace(fit=fit))
+    monkeypatch.setitem(study.COMPLETION_EPOCHS, "short", (3, 2))
+    outcome = study._completion("shares", "short", 0, torch.device("cpu"), quadrants=1)
+
+    def loss(share, logit):
+        """Of twelve pixels, a share of them white."""
+        return 12 * (share * math.log1p(math.exp(-logit)) + (1 - share) * math.log1p(math.exp(logit)))
+
+    for kind in ("plain", "cvae"):
+        assert outcome.curves[f"held-back loss, {kind}"] == pytest.approx([loss(0.1, value) for value in logits])
+    best = -1.0  # on the images held back; on all others it is 2
+    names = ("NLL without a code", "NLL, importance weighted", "negative bound", "NLL, by draws from the prior")
+    assert [outcome.metrics[name] for name in names] == pytest.approx([loss(0.8, best)] * 4, rel=1e-5)
+    assert outcome.metrics["gain of the code"] == pytest.approx(0, abs=1e-4)
+    assert [epochs for *_, epochs in trained] == [3, 2] and outcome.samples == 5 * 900
+    for x, y, _ in trained:
+        assert len(x) == len(y) == 900 and x.min() == y.min() == 1
+
+
+@pytest.mark.parametrize("name", ["cvae", "cvae_mixture", "cvae_prior_mean", "completion_2"])
+def test_a_study_runs(name, monkeypatch):
+    def judge(images):
+        x = data.to_unit(images.x_train)
+        return Nearest(torch.stack([x[images.y_train == k].mean(0) for k in range(10)]).flatten(1))
+
+    monkeypatch.setattr(study, "classifier", judge)
+    outcome = study.STUDIES[name].run("digits", "short", 0, torch.device("cpu"))
+    settings = study.STUDIES[name].settings("digits", "short")
+    assert json.dumps(settings) and all(math.isfinite(v) for v in outcome.metrics.values())
+    if name == "completion_2":
+        assert outcome.metrics["NLL, importance weighted"] < 32 * math.log(2), "worse than coins"
+        epochs = settings["epochs"] + settings["epochs without a code"]
+        assert outcome.samples == epochs * (1347 - 134) and outcome.curves.keys() == {
+            "held-back loss, plain",
+            "held-back loss, cvae",
+        }
+    else:
+        assert outcome.samples == settings["epochs"] * 1347
+        assert outcome.metrics["accuracy trained on as many real images"] > 0.3
 
 
 def test_the_chapters_reading_of_the_recorded_runs():

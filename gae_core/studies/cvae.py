@@ -18,6 +18,8 @@ from gae_core.sampling import fit_gaussian_mixture
 from gae_core.variational import importance_weighted_nll
 
 EPOCHS = {"short": 1, "medium": 12, "full": 100}
+# Images that are drawn and measured, and the epochs of the classifier that learns from them.
+DRAWN = {"short": (500, 8), "medium": (10_000, 8), "full": (10_000, 8)}
 RECIPE = {"batch_size": 128, "lr": 2e-3}
 DIM, HIDDEN = 16, (512, 256)
 
@@ -88,7 +90,8 @@ def _classes(
     train.fit(model, images.x_train, images.y_train, **RECIPE, **options)
     seconds = time.perf_counter() - start
 
-    y = torch.arange(classes).repeat_interleave(10_000 // classes)
+    drawn, rounds = DRAWN[size]
+    y = torch.arange(classes).repeat_interleave(drawn // classes)
     judge = classifier(images)
     test, labels = data.to_unit(images.x_test), images.y_test
     model = model.cpu()
@@ -108,7 +111,7 @@ def _classes(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             student = Classifier(images.shape, classes)
-        how = {"epochs": 8, "lr": 2e-3, "schedule": lambda t: 1 - t, "seed": seed, "device": device}
+        how = {"epochs": rounds, "lr": 2e-3, "schedule": lambda t: 1 - t, "seed": seed, "device": device}
         train.fit(student, x, y, progress=False, **how)
         return right(test, labels, student.cpu())
 
