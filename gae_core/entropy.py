@@ -4,6 +4,7 @@ Derived in the chapter *Entropy from nearest neighbours*. The file needs torch a
 """
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def log_unit_ball_volume(d: int, p: float = 2.0) -> float:
     Raises:
         ValueError: if ``d < 1`` or ``p < 1``.
     """
-    if d < 1:
+    if not d >= 1:
         raise ValueError(f"d must be at least 1, got {d}")
     if not p >= 1:
         raise ValueError(f"p must be at least 1 (below it is no norm) or math.inf, got {p}")
@@ -61,21 +62,30 @@ def knn_local_entropy(
         The bias vanishes with growing n, ever more slowly as d grows: at n = 100 it is about +0.9 nats for a
         standard normal in 16 dimensions. See the chapter before taking the value for an entropy.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a tensor, got {type(x).__name__}: torch.as_tensor(x) makes one")
     if x.ndim != 2:
         raise ValueError(f"x must have shape (n, d), got {tuple(x.shape)}; a 1-D sample is x[:, None]")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}; convert with x.double()")
     n, d = x.shape
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < n:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or not 1 <= k < n:
         raise ValueError(f"k must be an integer with 1 <= k < n, got k={k} for n={n} points")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size}")
     if duplicates not in ("raise", "clamp"):
         raise ValueError(f'duplicates must be "raise" or "clamp", got {duplicates!r}')
     log_volume = log_unit_ball_volume(d, p)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if not torch.isfinite(x).all():
+    largest, limits = float(x.detach().abs().max()), torch.finfo(x.dtype)
+    if not math.isfinite(largest):
         raise ValueError("x must be finite, got NaN or infinite entries")
+    # Where squares of differences would overflow or underflow, the sample is scaled by a power of two, which is exact.
+    powers = 0
+    if largest > 0 and not limits.tiny**0.25 < largest < limits.max**0.25:
+        bits = -round(math.log2(limits.tiny))
+        powers = min(max(math.frexp(largest)[1], 8 - bits), bits - 8)
+        x = x * 2.0**-powers
 
     neighbour, coincides = _neighbours(x.detach(), k, p, chunk_size)
     if duplicates == "raise" and coincides.any():
@@ -87,13 +97,12 @@ def knn_local_entropy(
     # The largest coordinate is divided out, so that squares neither overflow nor underflow.
     scale = difference.detach().abs().amax(-1)  # (n,)
     if duplicates == "clamp":
-        limits = torch.finfo(x.dtype)
         scale = scale.clamp_min(max(limits.eps * float(x.detach().abs().max()), limits.tiny))
     # The norm that is left is 1 or more, except where points coincide: there it is set to 1.
     unit = torch.linalg.vector_norm(difference / scale[:, None], ord=p, dim=-1).clamp_min(1.0)
     log_distance = scale.log() + unit.log()
     psi_n, psi_k = torch.special.digamma(torch.tensor([n, k], dtype=torch.float64)).tolist()
-    return psi_n - psi_k + log_volume + d * log_distance
+    return psi_n - psi_k + log_volume + d * (log_distance + powers * math.log(2) if powers else log_distance)
 
 
 def knn_entropy(x: Tensor, k: int = 1, *, p: float = 2.0, duplicates: str = "raise", chunk_size: int = 1024) -> Tensor:
@@ -128,7 +137,7 @@ def knn_entropy_bound(n: int, d: int) -> float:
     Raises:
         ValueError: if ``n < 2`` or ``d < 1``.
     """
-    if n < 2:
+    if not n >= 2:
         raise ValueError(f"n must be at least 2, got {n}: one point has no neighbour")
     psi_n, psi_1 = torch.special.digamma(torch.tensor([n, 1], dtype=torch.float64)).tolist()
     return psi_n - psi_1 + log_unit_ball_volume(d) + 0.5 * d * math.log(2 * n * d / (n - 1))

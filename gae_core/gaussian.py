@@ -15,7 +15,8 @@ def gaussian_entropy(cov: Tensor) -> Tensor:
     Implements ``eq-max_entropy-gaussian-d``.
 
     Args:
-        cov: covariance :math:`\Sigma`, shape (..., d, d), symmetric and positive definite.
+        cov: covariance :math:`\Sigma`, shape (..., d, d), symmetric and positive definite. Half precision is widened
+            to float32.
 
     Returns:
         Entropy in nats, shape (...).
@@ -23,10 +24,13 @@ def gaussian_entropy(cov: Tensor) -> Tensor:
     Raises:
         ValueError: if ``cov`` is no floating-point stack of square, symmetric, positive definite matrices.
     """
-    if not cov.is_floating_point() or cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or cov.shape[-1] == 0:
+    if not isinstance(cov, Tensor):
+        raise ValueError(f"cov must be a tensor, got {type(cov).__name__}: torch.as_tensor(cov) makes one")
+    if not cov.is_floating_point() or cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or not cov.numel():
         raise ValueError(
             f"cov must be a floating-point tensor of shape (..., d, d), got {cov.dtype} {tuple(cov.shape)}"
         )
+    cov = _widened(cov)
     if not torch.isfinite(cov).all():
         raise ValueError("cov must be finite, got NaN or infinite entries")
     if not torch.allclose(cov, cov.mT, rtol=1e-4, atol=1e-4 * float(cov.detach().abs().max())):
@@ -45,11 +49,12 @@ def standard_normal_log_prob(z: Tensor) -> Tensor:
     r"""Log-density of N(0, I), :math:`-\tfrac12\|z\|^2 - \tfrac d2\log 2\pi`.
 
     Args:
-        z: points, shape (..., d).
+        z: points, shape (..., d). Half precision is widened to float32.
 
     Returns:
-        Log-density in nats, shape (...).
+        Log-density in nats, shape (...). NaN where z has one: it stands in training steps, whose loop stops on that.
     """
+    z = _widened(z)
     return -0.5 * (z * z).sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
 
@@ -63,14 +68,22 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 
     Args:
         mu: means, shape (..., d).
-        logvar: logarithms of the variances :math:`\sigma_j^2`, same shape.
+        logvar: logarithms of the variances :math:`\sigma_j^2`, same shape. Half precision is widened to float32.
 
     Returns:
-        Divergence in nats, shape (...). Sum or average over samples is the caller's.
+        Divergence in nats, shape (...). Sum or average over samples is the caller's. It is infinite where the variance
+        is, for a logvar from 89 on in float32 and from 710 on in float64, or zero; and NaN where an argument is NaN.
+        This stands inside training steps, whose loop stops on either.
 
     Raises:
         ValueError: if the shapes differ.
     """
     if mu.shape != logvar.shape:
         raise ValueError(f"mu and logvar must have the same shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}")
+    mu, logvar = _widened(mu), _widened(logvar)
     return 0.5 * (mu * mu + torch.expm1(logvar) - logvar).sum(-1)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """The same numbers in float32, if their precision is lower: there squares overflow from 256 on."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -30,7 +30,12 @@ def in_batches(
 
     Returns:
         Results, (n, ...), on the device of ``x``; a tuple of them if ``function`` gives tuples.
+
+    Raises:
+        ValueError: if ``batch_size`` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
     device = x.device if parameter is None else parameter.device
@@ -44,15 +49,17 @@ def squared_error(model: nn.Module, x: Tensor) -> Tensor:
     r"""Reconstruction error :math:`\|x - D(E(x))\|^2`, summed over the entries of x, one value per sample (n,).
 
     Raises:
-        ValueError: if the model gives another shape than that of x.
+        ValueError: if the model gives another shape than that of x. A row with NaN has the error NaN.
     """
     return squared_distance(to_unit(x), in_batches(model, x))
 
 
 def _check_features(name: str, value: Tensor, *, like: Tensor, least: int) -> None:
     """Raise a ValueError unless ``value`` is finite, (n >= least, d) with the d of ``like``."""
-    if value.ndim != 2 or len(value) < least or value.shape[1:] != like.shape[1:]:
-        raise ValueError(f"{name} must have shape (n >= {least}, d), d alike in both, got {tuple(value.shape)}")
+    if value.ndim != 2 or len(value) < least or value.shape[1:] != like.shape[1:] or not value.shape[1]:
+        raise ValueError(
+            f"{name} must have shape (n >= {least}, d), d >= 1 and alike in both, got {tuple(value.shape)}"
+        )
     if not value.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {value.dtype}")
     if not torch.isfinite(value).all():
@@ -83,6 +90,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     d = a.shape[1]
     cov_a, cov_b = (torch.cov(x.T).reshape(d, d) for x in (a, b))
+    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
+        raise ValueError("a and b must be features whose squares are finite, got larger ones")
     eigen = (torch.linalg.eigh(cov) for cov in (cov_a, cov_b))
     # An eigenvalue of the size of the rounding is none: its square root, 1e-8 of the others', would enter the sum.
     least = d * torch.finfo(torch.float64).eps
@@ -125,6 +134,8 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk_size: int 
     """
     if k < 1 or chunk_size < 1:
         raise ValueError(f"k and chunk_size must be at least 1, got k={k}, chunk_size={chunk_size}")
+    if k != int(k):
+        raise ValueError(f"k must be a whole number, got {k}")
     for name, value in (("real", real), ("fake", fake)):
         _check_features(name, value, like=real, least=k + 1)
 
@@ -177,6 +188,8 @@ def mode_count(labels: Tensor, reference: Tensor) -> ModeCount:
     """
     if labels.ndim != 1 or len(labels) == 0 or labels.is_floating_point():
         raise ValueError(f"labels must be integers of shape (n >= 1,), got {labels.dtype} {tuple(labels.shape)}")
+    if not isinstance(reference, Tensor):
+        raise ValueError(f"reference must be a tensor of frequencies, got {reference!r}")
     p = reference.detach().double().cpu()
     if p.ndim != 1 or not torch.isfinite(p).all() or (p < 0).any() or not p.sum() > 0:
         raise ValueError(f"reference must be finite frequencies of shape (K,), none negative, got {reference}")
@@ -226,12 +239,15 @@ def mode_quality(x: Tensor, modes: Tensor, std: float) -> ModeQuality:
         std: standard deviation of each component per coordinate.
 
     Raises:
-        ValueError: for other shapes, or samples that are not finite.
+        ValueError: for other shapes, samples or modes that are not finite, or a ``std`` that is not positive.
     """
-    if x.ndim != 2 or x.shape[1] != 2 or len(x) == 0 or modes.shape[1:] != (2,):
+    if x.ndim != 2 or x.shape[1] != 2 or len(x) == 0 or modes.shape[1:] != (2,) or len(modes) == 0:
         raise ValueError(f"x and modes must have shapes (n, 2), got {tuple(x.shape)} and {tuple(modes.shape)}")
-    if not torch.isfinite(x).all():
-        raise ValueError("x must be finite, got NaN or infinite entries")
+    for name, value in (("x", x), ("modes", modes)):
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+    if not 0 < std < math.inf:
+        raise ValueError(f"std must be a positive number, got {std}")
     distance, nearest = torch.cdist(x.detach().double(), modes.to(x.device).double()).min(1)
     high = distance < 3 * std
     return ModeQuality(
@@ -322,8 +338,13 @@ def trustworthiness(x: Tensor, z: Tensor, k: int = 12) -> float:
     """
     from sklearn.manifold import trustworthiness as measured
 
-    if len(x) != len(z) or not 1 <= k < len(x) / 2:
-        raise ValueError(f"z must have one row for each x, and k be 1 to n / 2, got {len(z)} and {len(x)} rows, k={k}")
+    if len(x) != len(z) or k != int(k) or not 1 <= k < len(x) / 2:
+        raise ValueError(
+            f"z must have one row for each x, and k be a whole number from 1 to n / 2, "
+            f"got {len(z)} and {len(x)} rows, k={k}"
+        )
+    if z.ndim != 2:
+        raise ValueError(f"z must have shape (n, d), got {tuple(z.shape)}; codes of one dimension are z[:, None]")
     if not (torch.isfinite(x).all() and torch.isfinite(z).all()):
         raise ValueError("x and z must be finite, got NaN or infinite entries")
     return float(measured(*(to_unit(v).flatten(1).double().cpu().numpy() for v in (x, z)), n_neighbors=k))
@@ -346,13 +367,18 @@ def parzen_log_likelihood(samples: Tensor, x: Tensor, *, width: float, chunk_siz
         Log-densities in nats, (m,), float64.
 
     Raises:
-        ValueError: if ``width`` is not positive or the shapes differ.
+        ValueError: if ``width`` is not positive, the shapes differ, or an entry is not finite.
     """
     if not 0 < width < math.inf:
         raise ValueError(f"width must be positive, got {width}")
     if samples.shape[1:] != x.shape[1:] or not len(samples):
         raise ValueError(f"samples and x must have rows of the same shape, got {samples.shape} and {x.shape}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     centres, x = (to_unit(v).flatten(1).double() for v in (samples, x))
+    for name, value in (("samples", centres), ("x", x)):
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinite entries")
     constant = 0.5 * x.shape[1] * math.log(2 * math.pi * width**2) + math.log(len(centres))
     parts = [(-torch.cdist(rows, centres).square() / (2 * width**2)).logsumexp(1) for rows in x.split(chunk_size)]
     return torch.cat(parts) - constant

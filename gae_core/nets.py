@@ -66,8 +66,10 @@ def conv_pair(
         output: as in :func:`mlp_pair`.
 
     Raises:
-        ValueError: if a side is not divisible by 4.
+        ValueError: if a side is not divisible by 4, or there are no channels.
     """
+    if len(shape) != 3:
+        raise ValueError(f"shape must be (channels, height, width), got {tuple(shape)}: grey images are x.unsqueeze(1)")
     colours, height, width = shape
     if height % 4 or width % 4:
         raise ValueError(f"shape must have height and width divisible by 4, got {tuple(shape)}; pad the images")
@@ -131,7 +133,17 @@ class LSTMEncoder(nn.Module):
         self.out = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs for tokens (batch, length), int64; padding is at the end of a row, and changes nothing."""
+        """Outputs for tokens (batch, length), int64; padding is at the end of a row, and changes nothing.
+
+        Raises:
+            ValueError: if padding stands elsewhere, a row is nothing else, or there are tokens of another vocabulary.
+        """
+        if ((x[:, 1:] != 0) & (x[:, :-1] == 0)).any() or (x[:, 0] == 0).any():
+            raise ValueError("x must have its padding, token 0, at the ends of rows, each with a token before it")
+        if ((x < 0) | (x >= self.embed.num_embeddings)).any():
+            raise ValueError(
+                f"x must be tokens 0 to {self.embed.num_embeddings - 1}, got {int(x.min())} to {int(x.max())}"
+            )
         states, _ = self.lstm(self.embed(x))  # (batch, length, hidden)
         last = (x != 0).sum(1) - 1
         return self.out(states[torch.arange(len(x), device=x.device), last])

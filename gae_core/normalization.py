@@ -107,6 +107,8 @@ class _Norm(nn.Module):
         for name, value in (("mu", mu), ("raw", raw)):
             if value.ndim != 2 or value.shape != (len(mu), self.dim):
                 raise ValueError(f"{name} must have shape (batch, {self.dim}), got {tuple(value.shape)}")
+            if not value.is_floating_point():
+                raise ValueError(f"{name} must be floating point, got {value.dtype}")
 
 
 class FixedScaleBatchNorm(_Norm):

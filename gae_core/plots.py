@@ -14,8 +14,10 @@ def tile(images: Tensor, columns: int) -> Tensor:
     """Lay images (n, channels, height, width) out row by row as one (height, width, channels) picture.
 
     Raises:
-        ValueError: if n is not a multiple of ``columns``.
+        ValueError: for another shape, or if n is not a multiple of ``columns``.
     """
+    if images.ndim != 4:
+        raise ValueError(f"images must be (n, channels, height, width), got {tuple(images.shape)}: x.unsqueeze(1)?")
     n, channels, height, width = images.shape
     if columns < 1 or n % columns:
         raise ValueError(f"columns must divide the number of images, got columns={columns} for {n} images")
@@ -38,7 +40,12 @@ def image_panels(panels: dict[str, Tensor], *, columns: int, per_row: int = 4, s
         columns: images in a row of one grid.
         per_row: grids side by side.
         size: width of a grid in inches.
+
+    Raises:
+        ValueError: if there are no panels, and as :func:`tile`.
     """
+    if not panels:
+        raise ValueError("panels must be at least one, got none")
     per_row = min(per_row, len(panels))
     lines = -(-len(panels) // per_row)
     first = next(iter(panels.values()))

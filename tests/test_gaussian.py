@@ -175,3 +175,23 @@ def test_kl_gradient_is_mu_and_half_of_variance_minus_one():
 def test_kl_rejects_shapes_that_would_broadcast():
     with pytest.raises(ValueError, match=r"same shape, got \(4, 3\) and \(3,\)"):
         kl_to_standard_normal(torch.zeros(4, 3), torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_before_anything_is_squared(dtype):
+    """At 300 the square is beyond float16."""
+    mu = torch.tensor([[300.0, -2.0]], dtype=dtype)
+    logvar = torch.tensor([[1.0, -3.0]], dtype=dtype)
+    found = kl_to_standard_normal(mu, logvar)
+    assert found.dtype == torch.float32
+    close(found, kl_to_standard_normal(mu.float(), logvar.float()))
+    close(standard_normal_log_prob(mu), standard_normal_log_prob(mu.float()))
+    cov = (torch.eye(2) * 4).to(dtype)
+    close(gaussian_entropy(cov), gaussian_entropy(cov.float()))
+
+
+def test_a_covariance_that_is_no_tensor_or_empty_is_named():
+    with pytest.raises(ValueError, match=r"cov must be a tensor, got ndarray: torch\.as_tensor"):
+        gaussian_entropy(torch.eye(2).numpy())
+    with pytest.raises(ValueError, match=r"shape \(\.\.\., d, d\), got torch.float32 \(0, 3, 3\)"):
+        gaussian_entropy(torch.zeros(0, 3, 3))

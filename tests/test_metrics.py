@@ -23,8 +23,11 @@ from gae_core.metrics import (
     in_batches,
     inception_fid,
     mode_count,
+    mode_quality,
+    parzen_log_likelihood,
     precision_recall,
     squared_error,
+    trustworthiness,
 )
 
 
@@ -400,6 +403,55 @@ def test_mode_count_names_wrong_arguments(labels, reference, message):
 
 
 # --- Inception ---
+
+
+MODES = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+
+
+def test_mode_quality_of_the_mixture_itself():
+    x = MODES[torch.arange(4000) % 2] + 0.5 * normal(4000, 2).float()
+    found = mode_quality(x, MODES, 0.5)
+    assert found.modes == 2 and found.kl == pytest.approx(0, abs=1e-3)
+    assert found.high_quality == pytest.approx(1 - math.exp(-4.5), abs=0.008)  # 4.7 of its standard errors
+    assert found.spread == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(std=0.0), "std must be a positive number, got 0.0"),
+        (dict(std=-0.1), "std must be a positive number, got -0.1"),
+        (dict(std=math.nan), "std must be a positive number, got nan"),
+        (dict(modes=MODES * math.nan), "modes must be finite"),
+        (dict(modes=MODES[:0]), "x and modes must have shapes"),
+        (dict(x=MODES * math.inf), "x must be finite"),
+    ],
+)
+def test_mode_quality_names_wrong_arguments(changed, message):
+    with pytest.raises(ValueError, match=message):
+        mode_quality(**{"x": MODES, "modes": MODES, "std": 1.0, **changed})
+
+
+X = normal(40, 3)
+BAD = {
+    "no columns": (lambda: frechet_distance(X[:, :0], X[:, :0]), "d >= 1"),
+    "squares overflow": (lambda: frechet_distance(1e200 * X, X), "squares are finite"),
+    "half a neighbour": (lambda: precision_recall(X, X, k=2.5), "k must be a whole number, got 2.5"),
+    "half a neighbour of codes": (lambda: trustworthiness(X, X, k=2.5), "k be a whole number .* k=2.5"),
+    "codes 1-D": (lambda: trustworthiness(X, X[:, 0]), r"z must have shape \(n, d\), got \(40,\)"),
+    "frequencies are a number": (lambda: mode_count(torch.zeros(3, dtype=torch.long), 10), "must be a tensor of freq"),
+    "NaN among the samples": (lambda: parzen_log_likelihood(X * math.nan, X, width=1.0), "samples must be finite"),
+    "NaN among the data": (lambda: parzen_log_likelihood(X, X * math.nan, width=1.0), "x must be finite"),
+    "no chunk": (lambda: parzen_log_likelihood(X, X, width=1.0, chunk_size=0), "chunk_size must be at least 1, got 0"),
+    "no batch": (lambda: in_batches(nn.Identity(), X, batch_size=0), "batch_size must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_has_no_answer_is_named(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_without_torchmetrics_inception_fid_says_what_to_install(monkeypatch):

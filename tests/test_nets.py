@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gae_core.nets import conv_pair, mlp, mlp_pair
+from gae_core.models.classifier import Classifier
+from gae_core.nets import LSTMEncoder, conv_pair, mlp, mlp_pair
 
 PAIRS = {"mlp": mlp_pair, "conv": conv_pair}
 
@@ -96,3 +97,49 @@ def test_conv_pair_has_the_parameters_of_its_layers():
 def test_conv_pair_rejects_sides_that_do_not_halve_twice(shape):
     with pytest.raises(ValueError, match=r"divisible by 4.*pad the images"):
         conv_pair(shape, 2)
+
+
+def test_an_image_without_channels_is_named():
+    with pytest.raises(ValueError, match=r"shape must be \(channels, height, width\), got \(28, 28\): .*unsqueeze"):
+        conv_pair((28, 28), 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([3, 0, 4, 1], "padding, token 0, at the ends of rows"),
+        ([0, 3, 4, 1], "padding, token 0, at the ends of rows"),
+        ([0, 0, 0, 0], "each with a token before it"),
+        ([3, 4, 7, 0], "x must be tokens 0 to 6, got 0 to 7"),
+        ([3, -1, 4, 0], "x must be tokens 0 to 6, got -1 to 4"),
+    ],
+)
+def test_sentences_that_would_be_read_wrongly_are_named(row, message):
+    encoder = LSTMEncoder(7, 4, embedding=3, hidden=5)
+    assert encoder(torch.tensor([[3, 4, 1, 0], [5, 6, 2, 1]])).shape == (2, 4)
+    with pytest.raises(ValueError, match=message):
+        encoder(torch.tensor([[3, 4, 1, 0], row]))
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (1, 30, 28), (1, 28, 30)])
+def test_the_classifier_names_shapes_that_it_cannot_halve_twice(shape):
+    with pytest.raises(ValueError, match=r"shape must be \(channels, height, width\), sides divisible by 4, got"):
+        Classifier(shape)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.tensor([0, 1, 10]), "y must be labels 0 to 9, got 0 to 10"),
+        (torch.tensor([0, 1, -100]), "y must be labels 0 to 9, got -100 to 1"),  # torch's sign for: leave it out
+        (torch.tensor([0.0, 1.0, 2.0]), r"y must be integer labels of shape \(3,\), got torch.float32"),
+        (torch.tensor([[0], [1], [2]]), r"y must be integer labels of shape \(3,\), got torch.int64 \(3, 1\)"),
+    ],
+)
+def test_the_classifier_names_labels_that_are_none(y, message):
+    model, x = Classifier((1, 8, 8)), images((1, 8, 8), 3)
+    with pytest.raises(ValueError, match=message):
+        model.loss(x, y)
+    right = torch.tensor([3, 0, 9])
+    expected = -torch.log_softmax(model.eval()(x), 1)[torch.arange(3), right]
+    torch.testing.assert_close(model.loss(x, right.byte()).total, expected)

@@ -34,6 +34,13 @@ def test_the_default_eps_is_the_documented_one():
     close(CodeBatchNorm(3).double()(z).var(0, correction=0), v / (v + 1e-5))
 
 
+def test_the_default_weight_of_the_newest_batch_is_the_documented_one():
+    layer, z = CodeBatchNorm(3).double(), 5 + sample(20, 3)
+    layer(z)
+    close(layer.running_mean, 0.1 * z.mean(0))
+    close(layer.running_var, 0.9 + 0.1 * z.var(0))
+
+
 def test_two_points_become_plus_and_minus_one():
     out = CodeBatchNorm(1, eps=TINY).double()(torch.tensor([[3.0], [7.0]], dtype=torch.float64))
     close(out, [[-1.0], [1.0]])
@@ -95,6 +102,56 @@ def test_a_single_code_has_no_variance():
     with pytest.raises(ValueError, match=r"at least 2 rows in training, got 1; call \.eval\(\)"):
         layer(torch.zeros(1, 3))
     assert layer.eval()(torch.zeros(1, 3)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_batch_without_a_finite_variance_is_refused_before_the_averages_see_it(value):
+    """1e30 is finite, its square is not."""
+    layer = CodeBatchNorm(3)
+    layer(sample(9, 3).float())
+    before = {name: v.clone() for name, v in layer.state_dict().items()}
+    z = sample(9, 3, 1).float()
+    z[4, 1] = value
+    with pytest.raises(FloatingPointError, match="running averages are as before"):
+        layer(z)
+    assert all(torch.equal(v, before[name]) for name, v in layer.state_dict().items())
+    assert layer.eval()(sample(5, 3).float()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["fixed", "coupled"])
+def test_norms_of_a_posterior_refuse_it_too(name):
+    layer, raw = NORMS[name](3), sample(9, 3, 1).float()
+    mu = raw.clone()
+    mu[0, 0] = math.nan
+    with pytest.raises(FloatingPointError):
+        layer(mu, raw)
+    assert all(value.isfinite().all() for value in layer.eval()(raw, raw))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(dim=0), "dim must be at least 1, got 0"),
+        (dict(dim=-1), "dim must be at least 1, got -1"),
+        (dict(dim=3, eps=0.0), "eps must be a positive number, got 0.0"),
+        (dict(dim=3, eps=-1.0), "eps must be a positive number, got -1.0"),
+        (dict(dim=3, momentum=5.0), r"momentum must be in \(0, 1\], got 5.0"),
+        (dict(dim=3, momentum=math.nan), r"momentum must be in \(0, 1\], got nan"),
+    ],
+)
+def test_settings_without_a_meaning_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CodeBatchNorm(**arguments)
+
+
+def test_integers_and_no_rows_are_named():
+    with pytest.raises(ValueError, match="z must be floating point, got"):
+        CodeBatchNorm(3)(torch.zeros(4, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at least 2 rows in training, got 0"):
+        CodeBatchNorm(3)(torch.zeros(0, 3))
+    for layer in NORMS.values():
+        with pytest.raises(ValueError, match="mu must be floating point, got"):
+            layer(3)(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3))
 
 
 def test_half_precision_is_normalised_in_float32():

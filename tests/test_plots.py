@@ -53,6 +53,13 @@ def test_tile_rejects_columns_that_do_not_divide(columns):
         plots.tile(images(6), columns)
 
 
+def test_pictures_of_nothing_and_without_channels_are_named():
+    with pytest.raises(ValueError, match=r"images must be \(n, channels, height, width\), got \(6, 2, 3\)"):
+        plots.tile(images(6)[:, 0], 3)
+    with pytest.raises(ValueError, match="panels must be at least one, got none"):
+        plots.image_panels({}, columns=2)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_drawn_with_a_fixed_range_and_without_axes(channels, ax):
     x = 0.25 + 0.5 * images(4, channels)  # a range of its own must not stretch the grey values

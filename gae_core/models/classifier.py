@@ -20,10 +20,15 @@ class Classifier(nn.Module):
         shape: shape of one image, (channels, height, width), sides divisible by 4.
         classes: number of classes.
         features: width of the last hidden layer.
+
+    Raises:
+        ValueError: for another shape; from the loss, for labels that are not integers 0 to classes - 1, one for each x.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int = 10, *, features: int = 64) -> None:
         super().__init__()
+        if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+            raise ValueError(f"shape must be (channels, height, width), sides divisible by 4, got {tuple(shape)}")
         channels, height, width = shape
         self.features = nn.Sequential(
             nn.Conv2d(channels, 32, 5, stride=2, padding=2),
@@ -44,4 +49,10 @@ class Classifier(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> ClassifierLoss:
         """Cross-entropy of labels y (batch,); ``generator`` is there for the common interface and not used."""
-        return ClassifierLoss(F.cross_entropy(self(x), y, reduction="none"))
+        if y.shape != (len(x),) or y.is_floating_point():
+            raise ValueError(f"y must be integer labels of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}")
+        if ((y < 0) | (y >= self.head.out_features)).any():  # torch would leave out the rows of label -100
+            raise ValueError(
+                f"y must be labels 0 to {self.head.out_features - 1}, got {int(y.min())} to {int(y.max())}"
+            )
+        return ClassifierLoss(F.cross_entropy(self(x), y.long(), reduction="none"))
