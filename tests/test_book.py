@@ -1,13 +1,17 @@
 """The built book reads well: offline, on a phone and a laptop, in light and dark."""
 
 import base64
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -84,11 +88,59 @@ def tab(request, browser):
     context.close()
 
 
-# Runs in the page: what is wrong with it, as a list of sentences.
+# Blocks of code or output that a window of 1280 px may cut, by what stands in them, and why.
+MAY_BE_CUT = {
+    "This copy names no repository": "the set-up cell, the same in all notebooks, is folded until one asks for it",
+}
+
+# Runs in the page, once it is 1280 px wide: what is wrong with it, as a list of sentences. It opens the solutions.
 INSPECT = r"""
-() => {
+(mayBeCut) => {
   const wrong = [];
   const show = (element) => element.outerHTML.slice(0, 160);
+
+  const place = location.href;
+  for (const solution of document.querySelectorAll(".solution")) {
+    const title = solution.querySelector(".admonition-title"), content = solution.querySelector("section");
+    const name = title.textContent.trim();
+    title.scrollIntoView({block: "center", behavior: "instant"});
+    const words = document.createRange();
+    words.selectNodeContents(title);
+    words.setEndBefore(title.querySelector(".toggle-button"));
+    const box = [...words.getClientRects()].at(-1);  // the last words: the exercise's number and name
+    document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2).click();
+    if (location.href !== place) wrong.push("its title leads away: " + name);
+    const seen = content?.checkVisibility({visibilityProperty: true});  // its opacity takes a moment
+    if (!seen || content.getBoundingClientRect().height < 20) wrong.push("does not open, or is empty: " + name);
+    else if (content.innerText.trim().length < 20) wrong.push("has no text: " + name);
+  }
+
+  // Bars grow with what they stand around: beside a letter without ascender they would be lower than a capital, which
+  // has 683 units.
+  for (const bar of new Set([..."∥∣|‖"].flatMap((character) => {
+    const code = character.codePointAt(0).toString(16).toUpperCase();
+    return [...document.querySelectorAll(`mjx-container [data-c="${code}"]`)].map((glyph) => glyph.parentElement);
+  }))) {
+    const height = bar.getBBox().height;
+    if (height && height < 683) wrong.push(`a bar of ${Math.round(height)} units: ` + bar.closest(".math").textContent);
+  }
+
+  for (const block of document.querySelectorAll("article pre")) {
+    const excess = block.scrollWidth - block.clientWidth, lines = block.textContent.split("\n");
+    if (excess <= 0 || mayBeCut.some((text) => block.textContent.includes(text))) continue;
+    const longest = lines.reduce((a, b) => (b.length > a.length ? b : a));
+    wrong.push(`${excess} px cut of a line of ${longest.length}: ${longest.trim().slice(0, 80)}`);
+  }
+
+  const body = document.body.cloneNode(true);
+  for (const node of body.querySelectorAll("pre, code, script, style, noscript, mjx-container, .sig")) node.remove();
+  const tex = /\\[A-Za-z([]|\$|[_^]\{|\{[A-Za-z]+\}|[A-Za-z0-9)]\^[A-Za-z0-9(]/;
+  const texts = document.createTreeWalker(body, NodeFilter.SHOW_TEXT), found = [document.title];
+  while (texts.nextNode()) found.push(texts.currentNode.textContent);
+  for (const text of found) {
+    const at = text.search(tex);
+    if (at >= 0) wrong.push("TeX in the text: " + text.slice(Math.max(0, at - 40), at + 40));
+  }
   for (const math of document.querySelectorAll(".math"))
     if (!math.querySelector("mjx-container svg")) wrong.push("not drawn: " + math.textContent.slice(0, 80));
   for (const node of document.querySelectorAll('[data-mjx-error], mjx-merror, [data-mml-node="merror"]'))
@@ -107,6 +159,7 @@ INSPECT = r"""
     if (!image.complete || !image.naturalWidth) wrong.push("not loaded: " + show(image));
     if (!image.closest("figure")?.querySelector("figcaption")?.textContent.trim())
       wrong.push("no caption: " + show(image));
+    if (getComputedStyle(image).filter !== "none") wrong.push("its greys and colours are altered: " + show(image));
   }
   const shown = document.documentElement.dataset.theme;
   if (shown !== (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"))
@@ -133,7 +186,7 @@ CONTRAST = r"""
     return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
   };
   const low = new Set();
-  const walker = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+  const walker = document.createTreeWalker(document.querySelector("article, main"), NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode(); node; node = walker.nextNode()) {
     const element = node.parentElement, style = getComputedStyle(element);
     if (!node.textContent.trim() || !element.checkVisibility() || element.closest("mjx-assistive-mml, a.headerlink"))
@@ -180,7 +233,7 @@ TOO_WIDE = r"""
 
 
 @pytest.mark.pages
-@pytest.mark.parametrize("document", [*PAGES, "search", "genindex"])
+@pytest.mark.parametrize("document", [*PAGES, "search", "genindex", "prf-prf", "py-modindex"])
 def test_page(tab, document):
     path = HTML / f"{document}.html"
     assert path.exists(), "the toc names this page, the build has none"
@@ -192,9 +245,8 @@ def test_page(tab, document):
     if 'class="math' in path.read_text(encoding="utf-8"):
         tab.wait_for_selector("mjx-container svg", state="attached", timeout=20_000)
         tab.evaluate("() => MathJax.startup.promise")
-    wrong = tab.evaluate(INSPECT) if document in PAGES else []
-    if document in PAGES:
-        wrong += tab.evaluate(CONTRAST)
+    wrong = tab.evaluate(INSPECT, list(MAY_BE_CUT)) if document in PAGES else []
+    wrong += tab.evaluate(CONTRAST)
     for name, width in WIDTHS.items():
         tab.set_viewport_size({"width": width, "height": 800})
         for _ in range(30):  # the layout, what watches it, and what that changes take frames, on a busy machine many
@@ -214,6 +266,69 @@ def test_no_page_loads_anything_from_elsewhere(built):
     for path in HTML.rglob("*.html"):
         found = loads.search(path.read_text(encoding="utf-8"))
         assert not found, f"{path.relative_to(HTML)}: {found[0]}"
+
+
+def test_the_notation_names_pages_that_use_the_symbol():
+    text = (ROOT / "book" / "notation.md").read_text(encoding="utf-8").split("(notation-many)=")[1]
+    rows = re.findall(r"^\| \$(.+?)\$ \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 20
+    for symbol, meanings in rows:
+        for part in re.findall(r"[^;(]*\([^()]*\{doc\}[^()]*\)", meanings):
+            for topic in re.findall(r"\{doc\}`(\w+)`", part):
+                page = (ROOT / "book" / f"{topic}.md").read_text(encoding="utf-8")
+                formulas = " ".join(re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", page, re.DOTALL))
+                if not symbol.startswith("\\"):  # a letter stands alone: no letter of a command, or of a word
+                    formulas = re.sub(r"\\[A-Za-z]+", " ", formulas)
+                found = re.search(rf"(?<![A-Za-z\\]){re.escape(symbol)}(?![A-Za-z])", formulas)
+                assert found, f"{symbol} is not on the page {topic}"
+
+
+class Pictures(HTMLParser):
+    """The images of a page: file, alternative text, caption."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.inside = [], False
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.found.append([dict(attrs)["src"], dict(attrs).get("alt") or "", ""])
+        self.inside |= tag == "figcaption"
+
+    def handle_endtag(self, tag):
+        self.inside &= tag != "figcaption"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.found[-1][2] += data
+
+
+def words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def test_every_picture_has_an_alternative_text_of_its_own(built):
+    wrong, of = [], defaultdict(set)
+    for document in PAGES:
+        page = Pictures()
+        page.feed((HTML / f"{document}.html").read_text(encoding="utf-8"))
+        for file, alt, caption in page.found:
+            path = (HTML / document).parent / unquote(file)
+            of[words(alt)].add(hashlib.sha256(path.read_bytes()).hexdigest())
+            if len(alt.split()) < 8:
+                wrong.append(f"{document}: {file} is described in {len(alt.split())} words: {alt!r}")
+            if words(alt) in words(caption) or words(caption) in words(alt):
+                wrong.append(f"{document}: {file} is described by its caption: {alt!r}")
+    wrong += [f"{len(pictures)} pictures share the text {alt!r}" for alt, pictures in of.items() if len(pictures) > 1]
+    assert of and not wrong, "\n".join(wrong)
+
+
+def test_every_exercise_with_a_solution_shows_it(built):
+    for path in (ROOT / "book").glob("*.md"):
+        page = (HTML / "book" / f"{path.stem}.html").read_text(encoding="utf-8")
+        started = re.findall(r"^`{3,}\{solution-start\} (ex-\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        shown = re.findall(r'class="solution [^>]*>\s*<p class="admonition-title">.*?href="#(ex-[^"]+)"', page)
+        assert shown == started, path.stem
 
 
 def test_the_code_page_has_every_module():
@@ -313,6 +428,62 @@ def test_a_notebook_opens_in_colab_where_the_project_has_an_address(url, tmp_pat
     assert found == ([f"https://colab.research.google.com{path}"] if url else [])
 
 
+def test_a_docstring_is_written_out_for_the_page():
+    from docstring_equations import written_out
+
+    assert written_out("see ``eq-a_b``") == "see equation :eq:`eq-a_b`"
+    assert written_out("e^{-U} on R^d") == ":math:`e^{-U}` on :math:`R^d`"
+    for same in ("``e^{-U}``", ":math:`a +\n e^{-U}`", ".. math::\n\n    x^{2} +\n\n    e^{x}", "snake_case * n"):
+        assert written_out(same) == same
+
+
+def recorded_pictures():
+    from gae_core import records
+
+    return [
+        (record, path)
+        for group in records.groups().values()
+        for record in group
+        if (path := records.RESULTS / record["model"] / f"{record['data']}-{record['size']}.png").exists()
+    ]
+
+
+def test_the_text_of_a_recorded_picture_says_what_is_in_it():
+    from results_table import about, pictured
+
+    numbers = {"One": 1, "Two": 2, "Three": 3, "Four": 4, "Five": 5, "Six": 6}
+    texts = set()
+    for record, path in recorded_pictures():
+        alt, _ = pictured(record, about(record["model"]))
+        texts.add(alt)
+        assert about(record["model"]) in alt and record["data"] in alt and record["size"] in alt
+        if found := re.match(r"(\w+) (?:grids?|pictures), from left to right: (.*?)\. ", alt):
+            width = int.from_bytes(path.read_bytes()[16:20], "big")  # of the PNG; a panel is 2.4 inches of 100 pixels
+            panels = found[2].count(";") + 1
+            assert numbers[found[1]] == panels and width // 240 == (panels if "pictures" in alt else min(4, panels)), (
+                alt
+            )
+    assert len(texts) == len(recorded_pictures()) > 0
+    with pytest.raises(ValueError, match="topic 'new'"):
+        pictured({"model": "m", "topic": "new", "data": "d", "metrics": {}}, "a model")
+
+
+def test_the_sources_of_codes_stand_in_the_text_in_their_order():
+    """The order that the text tells is that in which the study draws its panels."""
+    import torch
+    from results_table import pictured
+
+    from gae_core import data, experiments
+
+    rows = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = data.Images("digits", rows, torch.zeros(400).long(), rows[:8], torch.zeros(8).long())
+    model = experiments.build("autoencoder", (1, 8, 8), size="short", seed=0).eval()
+    sources = experiments.sample_sources(model, images, n=8, seed=0)
+    metrics = {f"Fréchet, {name}": {"by seed": [i + 1.0]} for i, name in enumerate(sources)}
+    alt, _ = pictured({"model": "m", "data": "digits", "size": "short", "metrics": metrics}, "a model")
+    assert [int(value) for value in re.findall(r"\((\d+)\)", alt)] == [1, 2, 3, 4]
+
+
 def test_the_plot_of_a_group_shows_what_all_of_its_records_have(tmp_path):
     from results_table import draw
 
@@ -322,3 +493,21 @@ def test_the_plot_of_a_group_shows_what_all_of_its_records_have(tmp_path):
     assert not draw([record("codes"), record()], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     assert draw([record("codes", "samples"), record("codes")], tmp_path / "one.png")
+
+
+def test_the_plane_has_each_record_at_its_two_metrics(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    from results_table import draw_plane
+
+    def record(model, mi, nll):
+        metric = {key: {"mean": value, "standard error": 0.1} for key, value in (("MI", mi), ("NLL", nll))}
+        return {"model": model, "metrics": metric}
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    draw_plane([record("text_plain", 0.0, 38.3), record("text_bn_0.7", 2.0, 38.2)], "MI", "NLL", tmp_path / "p.png")
+    written = {text.get_text(): text.xy for text in plt.gcf().axes[0].texts}
+    monkeypatch.undo()
+    plt.close("all")
+    assert written == {"plain": (0.0, 38.3), "bn 0.7": (2.0, 38.2)}
+    with pytest.raises(KeyError):
+        draw_plane([record("text_plain", 0.0, 38.3)], "KL", "NLL", tmp_path / "q.png")

@@ -1,6 +1,7 @@
 """The floors of the package: a module imports from floors below its own, and the mathematics can be copied alone."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -60,6 +61,29 @@ def test_a_file_of_mathematics_needs_torch_alone(name):
     allowed = {"torch", *sys.stdlib_module_names}
     found = {n.split(".")[0] for n in imports(ROOT / "gae_core" / f"{name}.py", top_level=True)}
     assert found <= allowed, f"{name} imports {found - allowed} on loading"
+
+
+def test_what_the_readme_hands_out_alone_are_the_files_of_mathematics():
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## One file for your project")[1].split("\n## ")[0]
+    )
+    alone = re.findall(r"^\| `gae_core/(\w+)\.py` \|", section, re.MULTILINE)
+    assert sorted(alone) == sorted(MATHEMATICS)
+
+
+def test_models_need_torch_and_the_package_alone():
+    allowed, known = {"torch", *sys.stdlib_module_names}, set()
+    waiting = sorted((ROOT / "gae_core" / "models").glob("*.py"))
+    while waiting:
+        path = waiting.pop()
+        known.add(path)
+        for name in imports(path, top_level=True):
+            if name.startswith("gae_core"):
+                file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+                waiting += [file] if file.exists() and file not in known else []
+            else:
+                assert name.split(".")[0] in allowed, f"{path.name} imports {name} on loading"
+    assert len(known) > len(list((ROOT / "gae_core" / "models").glob("*.py")))
 
 
 def test_the_readmes_snippet_runs_on_a_copied_file(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """The ledger of checks holds: every displayed equation is labelled, every claim is checked by a test."""
 
+import ast
+import itertools
+import re
 from pathlib import Path
 
 import ledger
@@ -16,6 +19,24 @@ def test_every_equation_is_labelled_and_every_claim_checked():
     assert book, "the book has no displayed equation"
     wrong = problems(book, tests)
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_every_theorem_has_a_proof():
+    """A theorem that the text does not prove would make the first page false."""
+    for path in sorted((ROOT / "book").glob("*.md")):
+        found = re.findall(r"\{prf:(theorem|lemma|proposition|corollary|proof)\}(.*)", path.read_text(encoding="utf-8"))
+        for (kind, title), (following, _) in itertools.zip_longest(found, found[1:], fillvalue=("", "")):
+            assert kind == "proof" or following == "proof", f"{path.name}: no proof of {title}"
+
+
+def test_a_simulation_is_compared_with_its_standard_error():
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            marks = getattr(node, "decorator_list", [])
+            if any("how='statistical'" in ast.unparse(mark) for mark in marks):
+                text = ast.unparse(node)
+                assert "assert_z" in text or ".std(" in text, f"{path.name}: {node.name}"
 
 
 def labels(text):

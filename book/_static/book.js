@@ -37,3 +37,23 @@
     document.addEventListener("scroll", (event) => event.target.matches?.(boxes) && fade(event.target), true);
   });
 })();
+
+// The title of a solution opens it, wherever one clicks. Its words are a link to the exercise above, which would lead away
+// instead, and on a formula the theme's own handler finds no button.
+(() => {
+  const prepare = () => {
+    for (const link of document.querySelectorAll(".solution > .admonition-title > a")) link.replaceWith(...link.childNodes);
+  };
+  document.addEventListener(
+    "click",
+    (event) => {
+      const title = event.target.closest?.(".toggle > .admonition-title");
+      if (!title || title === event.target || event.target.closest("button")) return;
+      event.stopPropagation();
+      title.click();
+    },
+    true,
+  );
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", prepare);
+  else prepare();
+})();
