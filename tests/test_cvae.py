@@ -453,7 +453,7 @@ class Nearest(torch.nn.Module):
 def test_what_a_study_of_classes_measures_of_a_known_model(codes, monkeypatch):
     n = study.DRAWN["short"][0] // 3
     x_train, y_train = patterns(400, scale=5.0)
-    x_test, y_test = patterns(100, scale=3.0)
+    x_test, y_test = (part[:-50] for part in patterns(100, scale=3.0))  # half as many of the last class
     images = data.Images("patterns", x_train, y_train, x_test, y_test)
     trained, asked = [], []
 
@@ -484,8 +484,9 @@ def test_what_a_study_of_classes_measures_of_a_known_model(codes, monkeypatch):
         return (rows // 2) * (rows - rows // 2) / (rows * (rows - 1) / 2) * SHIFT * scale
 
     assert found["diversity"] == pytest.approx(diversity(n, 1.0), rel=1e-4)
-    assert found["diversity of reconstructions"] == pytest.approx(diversity(100, 3.0), rel=1e-4)
-    assert found["diversity of data"] == pytest.approx(diversity(100, 3.0), rel=1e-4)  # of the test images
+    of_test = (2 * diversity(100, 3.0) + diversity(50, 3.0)) / 3  # with the distance of the test images
+    assert found["diversity of reconstructions"] == pytest.approx(of_test, rel=1e-4)
+    assert found["diversity of data"] == pytest.approx(of_test, rel=1e-4)
     ratio = found["diversity"] / found["diversity of reconstructions"]
     assert found["diversity over that of reconstructions"] == pytest.approx(ratio)
 
@@ -500,7 +501,7 @@ def test_what_a_study_of_classes_measures_of_a_known_model(codes, monkeypatch):
     # The classifier of the samples has learnt class 1's pattern twice: it is right on classes 0 and one of the others.
     learnt = Nearest(torch.stack([drawn[labels == k].mean(0) for k in range(3)]).flatten(1))
     accuracy = float((learnt(x_test).argmax(1) == y_test).double().mean())
-    assert found["accuracy trained on samples"] == accuracy < 0.7
+    assert found["accuracy trained on samples"] == accuracy and accuracy in (0.6, 0.8)
     assert found["accuracy trained on as many real images"] == 1
     expected = metrics.frechet_distance(drawn.flatten(1), x_test.flatten(1))
     assert found["Fréchet"] == pytest.approx(expected, rel=1e-4)
