@@ -1171,6 +1171,63 @@ def test_likelihoods_of_the_studies_are_those_of_all_images_with_the_many_sample
     assert part["NLL, few samples"] == whole["NLL, few samples"] > part["NLL"]
 
 
+def constant_vae(logit):
+    """Of 16 pixels. Its encoder gives every image the prior and its decoder the same logit to every pixel."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    decoder = nn.Sequential(nn.Linear(2, 16), nn.Unflatten(1, (1, 4, 4)))
+    for layer in (encoder[1], decoder[0]):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.constant_(decoder[0].bias, logit)
+    return VAE(encoder, decoder, 2)
+
+
+def of_white_rows(rows, n):
+    """Images of 4 x 4 in bytes, black but for so many rows."""
+    x = torch.zeros(n, 1, 4, 4, dtype=torch.uint8)
+    x[:, :, :rows] = 255
+    return x
+
+
+def test_what_a_study_measures_of_a_known_model_on_test_images(monkeypatch):
+    """The likelihood of a model without a code is exact. Training images have more white pixels than test images."""
+    torch.set_default_dtype(torch.float32)
+    y = torch.zeros(60, dtype=torch.int64)
+    images = data.Images("rows", of_white_rows(3, 60), y, of_white_rows(1, 60), y)
+    monkeypatch.setattr(studies, "classifier", lambda images: types.SimpleNamespace(features=nn.Flatten()))
+    logits = [0.0, -1.2, -2.4]
+    logit = logits[1]
+
+    def nll(white, logit):
+        return white * math.log1p(math.exp(-logit)) + (16 - white) * math.log1p(math.exp(logit))
+
+    found = studies.measure(constant_vae(logit), images, size="short", seed=0)
+    for name in ("NLL", "NLL, few samples", "negative ELBO"):
+        assert found[name] == pytest.approx(nll(4, logit), rel=1e-5)
+    assert found["KL"] == found["active units"] == 0 and found["cap of the information"] == math.log(60)
+    assert found["mutual information"] == pytest.approx(0, abs=1e-6)
+    # Between images that are all alike and means that are all alike: the squared distance.
+    mean = 1 / (1 + math.exp(-logit))
+    assert found["Fréchet, N(0, I)"] == pytest.approx(4 * (1 - mean) ** 2 + 12 * mean**2, rel=1e-3)
+
+    # The curve in the course of a training is of test images, what is trained on is the training images.
+    trained = []
+
+    def fit(model, x, *, epochs, callback, **how):
+        trained.append((x, epochs, how))
+        for epoch, value in enumerate(logits):
+            nn.init.constant_(model.decoder[0].bias, value)
+            callback(model, epoch)
+        return {"total": torch.zeros(1)}
+
+    monkeypatch.setattr(studies, "train", types.SimpleNamespace(fit=fit))
+    recipe = {"short": (3, 20, 1e-3)}
+    _, curve = studies.fit(constant_vae(0.0), images, recipe, size="short", seed=0)
+    assert curve == pytest.approx([nll(4, value) for value in logits], rel=1e-5)
+    ((x, epochs, how),) = trained
+    assert torch.equal(x, images.x_train) and (epochs, how["batch_size"], how["lr"]) == recipe["short"]
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_a_study_builds_its_model_from_the_seed_and_starts_at_the_mean_image(k):
     torch.set_default_dtype(torch.float32)
