@@ -79,7 +79,8 @@ print(f"size: {SIZE}, device: {device}")
 # %% tags=["nbval-check-output"]
 z = sp.symbols("z", real=True)
 root3, root2 = sp.sqrt(3), sp.sqrt(2)
-halves = {  # on z > 0; all four are symmetric. The logistic is written in its distribution function u.
+# On z > 0; all four are symmetric. The logistic comes below, in its distribution function u.
+halves = {
     "normal": (
         sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi),
         sp.log(2 * sp.pi) / 2 + z**2 / 2,
@@ -102,9 +103,8 @@ exact["logistic"] = sp.simplify(
     - sp.integrate(sp.log(1 - u), (u, 0, 1))
 )
 for name, value in exact.items():
-    print(
-        f"{name:8} {value!s:25} = {float(value):.6f}, gap {float(exact['normal'] - value):.6f}"
-    )
+    gap = float(exact["normal"] - value)
+    print(f"{name:8} {value!s:25} = {float(value):.6f}, gap {gap:.6f}")
 
 # %% [markdown]
 # Now by numerical integration of the densities from SciPy, as an independent check, and in a picture.
@@ -165,7 +165,8 @@ for name, law in known.items():
     variation = 0.5 * np.trapezoid(
         np.abs(law.pdf(crossings) - stats.norm.pdf(crossings)), crossings
     )
-    # On the line the increasing map is the best transport: z -> law.ppf(Phi(z)), here through the upper tail.
+    # On the line the increasing map is the best transport: z -> law.ppf(Phi(z)),
+    # here through the upper tail.
     squared = (
         2
         * integrate.quad(
@@ -178,9 +179,8 @@ for name, law in known.items():
     )
     distance = math.sqrt(squared)
     pinsker, talagrand = math.sqrt(max(gap, 0) / 2), math.sqrt(2 * max(gap, 0))
-    print(
-        f"{name:9} {gap:8.4f} {variation:6.3f}   {pinsker:6.3f} {distance:6.3f}     {talagrand:6.3f}"
-    )
+    print(f"{name:9} {gap:8.4f} {variation:6.3f}   {pinsker:6.3f}", end=" ")
+    print(f"{distance:6.3f}     {talagrand:6.3f}")
     # 1e-4: the trapezoid at the jumps of the uniform density
     assert variation <= pinsker + 1e-4 and distance <= talagrand + 1e-6
 
@@ -258,9 +258,8 @@ assert (
 )  # interpolation between 400 points on a curve
 assert curve.max() <= MAXIMUM + 1e-12
 near = shapes[curve > MAXIMUM - 0.01]
-print(
-    f"Within 0.01 nats of the maximum: shapes from {near.min():.2f} to {near.max():.2f}."
-)
+low, high = near.min(), near.max()
+print(f"Within 0.01 nats of the maximum: shapes from {low:.2f} to {high:.2f}.")
 
 # %% [markdown]
 # The range printed above is the practical message. An entropy known to a hundredth of a nat does not tell these
@@ -282,7 +281,7 @@ print(
 def climb(
     grid, constraints, start, potential=None, steps=600, rate=0.05, damping=3.0
 ):
-    """Maximise entropy minus an expected potential for a density on a grid, under constraints E f = c.
+    """Maximise entropy minus mean potential over densities on a grid with E f = c.
 
     Args:
         grid: midpoints of cells of equal width, shape (n,).
@@ -336,9 +335,9 @@ humps = torch.logaddexp(
 )
 path, entropies, multipliers = climb(grid, [(grid, 0.0), (grid**2, 1.0)], humps)
 print(f"entropy {entropies[-1]:.6f}, maximum {MAXIMUM:.6f}")
-print(
-    f"multipliers: mean {float(multipliers[0]):.4f} (theory 0), second moment {float(multipliers[1]):.4f} (theory 0.5)"
-)
+first, second = (float(value) for value in multipliers)
+print(f"multiplier of the mean {first:.4f} (theory 0), ", end="")
+print(f"of the second moment {second:.4f} (theory 0.5)")
 
 # %% mystnb={"figure": {"name": "fig-max_entropy-ascent", "caption": "Gradient ascent on the entropy of a density on a grid, with mean 0 and variance 1 kept by multipliers. Left: from two humps to the normal density. Right: the entropy, which passes its bound while the variance is still above 1, and the entropy scaled to variance 1, which never does."}, "image": {"alt": "Left, density curves at successive steps of gradient ascent, from a lopsided start with two humps to a bell curve that lies on the dashed normal curve. Right, against the step: the entropy overshoots the dotted line of one half log two pi e and comes back to it, the entropy scaled to variance 1 rises to the line from below."}}
 width = float(grid[1] - grid[0])
@@ -427,7 +426,8 @@ for ax, (name, (where, constraints, start, theory, bound)) in zip(
     variation = 0.5 * float((steps[-1] - theory).abs().sum()) * width
     price = ", ".join(f"{float(p):.4f}" for p in prices) or "none"
     print(f"{name:28} entropy {values[-1]:.4f} of {bound:.4f}, multiplier {price}")
-    # The cells are 0.02 wide, and the densities of theory are taken at their middles: error of the order 1e-4.
+    # The cells are 0.02 wide, and the densities of theory are taken at their
+    # middles: an error of the order 1e-4.
     assert variation < 1e-3 and abs(values[-1] - bound) < 1e-3
     assert all(
         abs(float(p) - 1) < 5e-3 for p in prices
@@ -448,13 +448,14 @@ for reach in (2, 4, 8, 16):
     where = cells(-reach, reach)
     relative = (
         where / reach
-    )  # mean 0 is asked of z / reach, which is the same, at one speed for all lengths
+    )  # mean 0 is asked of z / reach: the same, at one speed for all lengths
     _, values, _ = climb(
         where, [(relative, 0.0)], -8 * (relative - 0.1) ** 2, steps=400
     )
     found.append(values[-1])
     print(
-        f"line from {-reach:3} to {reach:2}: entropy {values[-1]:.4f}, log of its length {math.log(2 * reach):.4f}"
+        f"line from {-reach:3} to {reach:2}: entropy {values[-1]:.4f}, "
+        f"log of its length {math.log(2 * reach):.4f}"
     )
 assert np.all(
     np.diff(found) > 0.5
@@ -685,7 +686,8 @@ right.legend(fontsize=8)
 figure.tight_layout()
 for weight, gap, bound in zip(weights_of_entropy, gaps, sharp, strict=True):
     print(
-        f"lambda {weight:5g}: gap {gap:.5f}, bounds {bound:.5f} and {2 / weight:.5f}"
+        f"lambda {weight:5g}: gap {gap:.5f}, "
+        f"bounds {bound:.5f} and {2 / weight:.5f}"
     )
     assert (
         0 < gap <= bound + 1e-6 <= 2 / weight + 2e-6
