@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -18,8 +19,8 @@ from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.text_vae import CodeReader, CommittedRate, TextVAE
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm
 from gae_core.studies import bn_vae_text as study
-from gae_core.text import RECIPES, SyntheticLanguage
-from gae_core.variational import importance_weighted_nll
+from gae_core.text import RECIPES, Sentences, SyntheticLanguage, synthetic
+from gae_core.variational import ImportanceWeighted, importance_weighted_nll
 
 # ---- the chapter's equations: finite x and z, thirty digits -----------------------------------------------------
 
@@ -479,6 +480,92 @@ def test_methods_are_made_as_they_are_named():
     assert made("aggressive").players["encoder"][1] == made("aggressive_half").players["encoder"][1] == 10
     assert study.settings(study.METHODS["bn_0.7_adam"][1], "learnable", "medium")["lr"] == 3e-3
     assert torch.equal(made("plain").decoder.out.weight, made("bn_0.7").decoder.out.weight)  # the same start
+
+
+TABLE = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, -3.0]])  # the code of a first word
+
+
+class KnownModel(nn.Module):
+    """Codes without noise, to be read off the first word; a sentence costs the squared distance from its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def posterior(self, x):
+        return TABLE[x[:, 0]], torch.full((len(x), 2), -40.0)
+
+    def encode(self, x):
+        return self.posterior(x)[0]
+
+    def log_likelihood(self, x, z):
+        return -(z - TABLE[x[:, 0]]).square().sum(1)
+
+    def loss(self, x, generator=None):
+        return SimpleNamespace(kl=torch.full((len(x),), 7.0 if self.training else 3.0))
+
+
+def test_what_a_study_measures_of_a_known_model(monkeypatch):
+    """Training sentences have four codes, test sentences two of them, and their true codes have another sign."""
+    words, new = torch.arange(1, 5).repeat(100), torch.arange(1, 3).repeat(48)
+    train_, test = (torch.stack([w, torch.ones_like(w)], 1) for w in (words, new))
+    data = Sentences("known", None, train_, test, z_train=TABLE[words], z_test=-TABLE[new])
+    seen = []
+
+    def nll(model, x, *, samples, generator):
+        seen.append((x, samples))
+        return ImportanceWeighted(torch.full((len(x),), 5.0), torch.full((len(x),), 5.5))
+
+    monkeypatch.setattr(study.variational, "importance_weighted_nll", nll)
+    found = study.measure(KnownModel().eval(), data, samples=11, coded=320, seed=0)
+    ((x, samples),) = seen
+    assert torch.equal(x, test) and samples == 11
+    assert (found["NLL"], found["NLL, fall on doubling"]) == (5, 0.5)
+    assert found["gain from z"] == pytest.approx(4, rel=1e-6)  # each sentence's neighbour has the other code
+    kl = 0.5 * (4 / 2 + 2 * (40 - 1))
+    assert found["KL"] == pytest.approx(kl) == found["negative ELBO"]
+    assert found["KL on batches"] == 7  # in training mode
+    assert found["MI"] == pytest.approx(math.log(4), abs=1e-6) and found["cap of MI"] == math.log(320)
+    assert found["KL of aggregate"] == pytest.approx(0.5 * (23 / 4 + 2 * (40 - 1)) - math.log(4), rel=1e-5)
+    assert found["MI by batches of 32"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["AU"] == 1  # of test sentences
+    assert found["R² of z"] == pytest.approx(1 - 8, rel=1e-4)  # a map fitted to the test sentences would have 1
+
+
+@pytest.mark.parametrize("name", study.METHODS)
+def test_every_method_gets_the_training_that_the_settings_say(name, monkeypatch):
+    """Ten epochs of two steps: all sentences of the training, the recipe, and as many steps of the decoder for all."""
+    monkeypatch.setitem(study.EPOCHS, "short", 10)
+    monkeypatch.setitem(study.SENTENCES, "short", 64)
+    monkeypatch.setattr(study, "sentences", lambda name, size: LITTLE)
+    monkeypatch.setattr(study, "measure", lambda *arguments, **options: {})
+    calls, fit = [], train.fit
+
+    def watched(model, x, y=None, **how):
+        calls.append((model, x, how, fit(model, x, y, **how)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(study.train, "fit", watched)
+    method = study.METHODS[name][1]
+    outcome = study.run(method, "learnable", "short", 0, torch.device("cpu"))
+    said = study.settings(method, "learnable", "short")
+    assert said["epochs"] == 10 and said["sentences"] == 64 == len(LITTLE.train)
+    *own, reference = calls
+    ahead, decoder = "encoder_steps" in method, 0
+    assert len(own) == 1 + ahead
+    for phase, (model, x, how, history) in enumerate(own):
+        assert model is own[0][0] and torch.equal(x, LITTLE.train)
+        assert (how["batch_size"], how["lr"], how["clip"]) == (said["batch_size"], said["lr"], said["clip"])
+        assert how["optimizer"] == method.get("optimizer", "sgd")
+        decoder += len(history["decoder total" if ahead and phase == 0 else "kl"])
+    assert decoder == 10 * 2
+    assert outcome.samples == sum(how["epochs"] for _, _, how, _ in own) * 64
+    assert len(outcome.curves["kl"]) == own[-1][2]["epochs"] <= 10
+    assert [own[-1][2]["schedule"](t) for t in (0.0, 0.5, 1.0)] == [1, 0.5, 0]
+    assert reference[0] is not own[0][0]  # of the times
+
+
+LITTLE = synthetic("learnable", train=64, test=4)
 
 
 # ---- the records ------------------------------------------------------------------------------------------------
