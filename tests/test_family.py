@@ -131,6 +131,12 @@ def test_multiplying_never_increases_the_error_and_is_what_scikit_learn_does():
             z = multiplied(W, x, z)
         assert (np.diff(errors) <= 1e-14).all()
         assert errors[-1] < errors[0]
+    # the conditions: a column of zeros has no update, and data below 0 lead to codes below 0, with an error that falls
+    W, x, z = non_negative(0)
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(multiplied(W * [1, 1, 1, 0], x, z)[3])
+    z_next = multiplied(W, -x, z)
+    assert (z_next < 0).any() and ((-x - W @ z_next) ** 2).sum() <= ((-x - W @ z) ** 2).sum()
     W, x, _ = non_negative(0)
     options = {"n_components": 4, "update_H": False, "solver": "mu", "max_iter": 1, "tol": 0, "init": "custom"}
     theirs, _, _ = non_negative_factorization(x[None], None, W.T.copy(), **options)
@@ -367,20 +373,36 @@ def test_missing_entries_are_their_conditional_means():
     one = family.linear_mixture(mu, W, noise)
     hidden = torch.where(seen, x, torch.full_like(x, math.nan))  # what is hidden is not looked at
     torch.testing.assert_close(family.gaussian_mixture_fill(hidden, seen, *one)[:, ~seen], exact[:, ~seen])
-    options = {"sigma": noise.sqrt(), "generator": generator, "draws": 100_000}
-    found = family.decoder_fill(decode, hidden, seen, torch.zeros(5, 2).double(), **options)
-    torch.testing.assert_close(found[:, ~seen], exact[:, ~seen], atol=0.02, rtol=0)
+    # for a linear decoder the likeliest code is the mean, from wherever one starts, and with a shift by a row
+    starts, shift = (
+        3 * torch.randn(5, 4, 2, generator=generator).double(),
+        torch.randn(5, 6, generator=generator).double(),
+    )
+    found = family.decoder_fill(
+        lambda z, rows: decode(z) + rows, hidden + shift, seen, starts, sigma=noise.sqrt(), rows=(shift,)
+    )
+    torch.testing.assert_close((found - shift)[:, ~seen], exact[:, ~seen])
     # a mixture: the mean over what Bayes' rule says of the components, by sampling it
     prior = two_components()
     z = prior.sample(400_000, generator=generator)
     weights = (-0.5 * ((x[0, seen] - decode(z)[:, seen]).square() / noise[seen]).sum(1)).softmax(0)
     assert 1 / weights.square().sum() > 1000
-    exact = weights @ decode(z)
-    for found in (
-        family.gaussian_mixture_fill(hidden[:1], seen, *family.linear_mixture(mu, W, noise, prior))[0],
-        family.decoder_fill(decode, hidden[:1], seen, torch.zeros(1, 2).double(), prior=prior, **options)[0],
-    ):
-        torch.testing.assert_close(found[~seen], exact[~seen], atol=0.1, rtol=0)
+    found = family.gaussian_mixture_fill(hidden[:1], seen, *family.linear_mixture(mu, W, noise, prior))[0]
+    torch.testing.assert_close(found[~seen], (weights @ decode(z))[~seen], atol=0.1, rtol=0)
+
+
+def test_of_several_searches_the_best_is_taken():
+    """g(z) = (z², z): of the square alone, with a prior that leans to one side, the other root is a local maximum."""
+    x, seen = torch.tensor([[4.0, math.nan]]).double(), torch.tensor([True, False])
+    lean = GaussianMixture(torch.ones(1).double(), torch.tensor([[1.0]]).double(), torch.ones(1, 1, 1).double())
+    starts = torch.tensor([[[-2.5], [-1.5], [2.5], [-2.0]]]).double()
+    options = {"sigma": torch.full((2,), 0.1).double(), "prior": lean, "steps": 30}
+
+    def fill(starts):
+        return family.decoder_fill(lambda z: torch.cat([z * z, z], 1), x, seen, starts, **options)[0, 1]
+
+    assert fill(starts) == pytest.approx(2, abs=0.01)
+    assert fill(starts[:, :2]) == pytest.approx(-2, abs=0.01)
 
 
 def test_odd_images_are_odd_as_a_whole_and_ranks_count_ties_half():
@@ -570,7 +592,7 @@ def test_measures_of_what_is_known():
         sample=lambda n, g: images.x_train.flatten(1)[:n],
         log_density=log_density,
         plain_density=lambda *args: family.Density(log_density(*args).values - 7),
-        fill=lambda hidden, seen, labels, draws: torch.where(seen, math.inf, 0.25).expand_as(hidden),
+        fill=lambda hidden, seen, labels: torch.where(seen, math.inf, 0.25).expand_as(hidden),
     )
     found, _ = family.measure(member, images, size, 0)
     assert found["squared error a pixel"] == pytest.approx(0.04)
@@ -610,7 +632,7 @@ def test_leaks_are_noticed():
     cheat = family.Member(
         0,
         reconstruct=lambda x, y: torch.stack([row if tuple(row.tolist()) in train else 0 * row for row in x]),
-        fill=lambda hidden, seen, labels, draws: hidden,  # it "fills in" what it was not to see
+        fill=lambda hidden, seen, labels: hidden,  # it "fills in" what it was not to see
     )
     found, shown = family.measure(cheat, images, size, 0)
     assert found["squared error a pixel"] == pytest.approx(float(x.square().mean()))
@@ -674,6 +696,17 @@ def test_the_map_of_the_chapter_is_the_map_of_the_code():
         assert place.known in family.KNOWN
         assert place.goal in family.GOALS
         assert (place.known == "no decoder") == (place.goal == "neighbours")
+        begins = {  # the colour says what the table says
+            "minus the squared error": "fit at one code",
+            "$\\log q(z)\\,q(x \\mid z)$ at the code": "fit at one code",
+            "the likelihood": "likelihood",
+            "a lower bound of the likelihood": "a bound of it",
+            "what a critic says": "a critic",
+            "minus a learned energy": "a critic",
+            "minus the error of the neighbours' weights": "neighbours",
+            "minus a divergence of neighbourhoods": "neighbours",
+        }
+        assert [place.goal] == [goal for words, goal in begins.items() if place.maximised.startswith(words)]
         assert (ROOT / "book" / f"{place.chapter}.md").exists()
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ HIDDEN = (256, 128)  # of the encoders; decoders and generators mirror them
 BATCH, LR = 100, 2e-3
 NOISE = 0.1  # added to the test images before their density is asked for
 NEIGHBOURS = 12  # of the trustworthiness
+STARTS = 4  # codes at which the search for what is missing begins
 # What sets one member apart from the others that share its recipe; models are built from it, and records have it.
 SETTINGS: dict[str, dict] = {
     "gae": {"steps": 6, "step_size": 0.02, "sigma": 0.3, "second_order": False},
@@ -117,8 +118,8 @@ class Member:
         log_density: noisy images, images without the noise, labels, draws -> :class:`Density` of the noisy ones, with
             a variance of the noise for each pixel unless the model says that it is one for all.
         plain_density: the same with one variance for all pixels; None where the noise is a part of the model.
-        fill: noisy images, NaN where they are hidden, which pixels are seen (D,), labels, draws -> means of all pixels
-            given those.
+        fill: noisy images, NaN where they are hidden, which pixels are seen (D,), labels -> all pixels, given those:
+            their means where these are known, else the image of the likeliest code.
         told: whether it is told the label of each image, so that it has nothing to say of one that has none.
     """
 
@@ -130,7 +131,7 @@ class Member:
     fitted: Callable[[int, Generator], Tensor] | None = None
     log_density: Callable[[Tensor, Tensor, Tensor, int], Density] | None = None
     plain_density: Callable[[Tensor, Tensor, Tensor, int], Density] | None = None
-    fill: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
+    fill: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     told: bool = False
 
 
@@ -199,8 +200,8 @@ def _curvature(decode: Callable, z: Tensor, rows: tuple[Tensor, ...], sigma: Ten
 
 def _find(
     decode: Callable, x: Tensor, z: Tensor, rows: tuple, sigma: Tensor, mean: Tensor, precision: Tensor, steps: int
-) -> Tensor:
-    """Codes (n, d) of larger log p(x, z) by Gauss and Newton's steps, each shortened until it helps."""
+) -> tuple[Tensor, Tensor]:
+    """Codes (n, d) of larger log p(x, z) by Gauss and Newton's steps, each shortened until it helps; and its value."""
 
     def value(z: Tensor) -> Tensor:
         away = z - mean
@@ -215,51 +216,21 @@ def _find(
         better = reached > best
         z, best = torch.where(better[:, None], trial, z), torch.where(better, reached, best)
         length = torch.where(better[:, None], (2 * length).clamp(max=1), length / 4)
-    return z
+    return z, best
+
+
+def _normal(prior: GaussianMixture | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and inverse covariance (d, d) of a distribution of codes, in the kind of ``like``; None is N(0, I)."""
+    d = like.shape[-1]
+    if prior is None:
+        return like.new_zeros(d), torch.eye(d, dtype=like.dtype)
+    mean = prior.weights @ prior.means
+    away = prior.means - mean
+    covariance = (prior.weights[:, None, None] * (prior.factors @ prior.factors.mT)).sum(0)
+    return mean.to(like), torch.linalg.inv(covariance + away.T @ (prior.weights[:, None] * away)).to(like)
 
 
 @torch.no_grad()
-def _weigh(
-    decode: Callable,
-    x: Tensor,
-    z: Tensor,
-    *,
-    sigma: float | Tensor,
-    prior: GaussianMixture | None,
-    rows: tuple[Tensor, ...],
-    draws: int,
-    steps: int,
-    generator: Generator | None,
-    seen: Tensor | slice = slice(None),
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For some x at a time: images (n, S, D) decoded from draws of the proposal, logarithms of their weights (n, S).
-
-    Networks may count in float32; the weights' logarithms are put together in float64. ``seen`` marks the entries that
-    x is known at.
-    """
-    d, sigma = z.shape[1], torch.as_tensor(sigma, dtype=x.dtype).expand(x.shape[1])[seen]
-    if prior is None:
-        log_prior, mean, precision = standard_normal_log_prob, z.new_zeros(d), torch.eye(d, dtype=z.dtype)
-    else:
-        log_prior, mean = prior.log_prob, prior.weights @ prior.means
-        away = prior.means - mean
-        covariance = (prior.weights[:, None, None] * (prior.factors @ prior.factors.mT)).sum(0)
-        precision = torch.linalg.inv(covariance + away.T @ (prior.weights[:, None] * away)).to(z)
-        mean = mean.to(z)
-    known = lambda z, *rows: decode(z, *rows)[:, seen]  # noqa: E731
-    for x_some, start, *given in zip(*(v.split(max(1, 20_000 // draws)) for v in (x, z, *rows)), strict=True):
-        x_seen, given = x_some[:, seen], tuple(given)
-        best = _find(known, x_seen, start, given, sigma, mean, precision, steps)
-        factor = torch.linalg.cholesky(_curvature(known, best, given, sigma, precision)[1].double())
-        eps = torch.randn(len(best), draws, d, generator=generator, dtype=torch.float64)
-        code = best[:, None] + torch.linalg.solve_triangular(factor.mT, eps.mT, upper=True).mT
-        flat = code.flatten(0, 1)
-        images = decode(flat.to(z), *(v.repeat_interleave(draws, 0) for v in given)).unflatten(0, eps.shape[:2])
-        log_p = standard_normal_log_prob((x_seen[:, None] - images[..., seen]) / sigma).double() - sigma.log().sum()
-        log_r = standard_normal_log_prob(eps) + factor.diagonal(dim1=1, dim2=2).log().sum(1)[:, None]
-        yield images, log_prior(flat).view_as(log_p) + log_p - log_r
-
-
 def decoder_density(
     decode: Callable,
     x: Tensor,
@@ -279,7 +250,7 @@ def decoder_density(
     Implements ``def-family-importance``; on average never above the integral's logarithm. The proposal r is a Gaussian
     for each x: its mean is found from the code z by Gauss and Newton's steps, its precision is their curvature there.
     For a linear decoder and a Gaussian prior it is the posterior, and the result exact for any S. No encoder takes part
-    beyond the place where the search starts.
+    beyond the place where the search starts. Networks may count in float32; weights are put together in float64.
 
     Args:
         decode: g, maps codes (n, d), and ``rows``, to (n, D).
@@ -295,8 +266,22 @@ def decoder_density(
     Returns:
         Estimates in nats, and by how much S draws raise them above S/2 (None for S = 1).
     """
-    options = {"prior": prior, "rows": rows, "draws": draws, "steps": steps, "generator": generator}
-    weights = torch.cat([w for _, w in _weigh(decode, x, z, sigma=sigma, **options)])
+    sigma, log_prior = torch.as_tensor(sigma, dtype=x.dtype).expand(x.shape[1]), standard_normal_log_prob
+    if prior is not None:
+        log_prior = prior.log_prob
+    weights = []
+    for some, start, *given in zip(*(v.split(max(1, 20_000 // draws)) for v in (x, z, *rows)), strict=True):
+        best, _ = _find(decode, some, start, tuple(given), sigma, *_normal(prior, z), steps)
+        _, H = _curvature(decode, best, tuple(given), sigma, _normal(prior, z)[1])
+        factor = torch.linalg.cholesky(H.double())
+        eps = torch.randn(len(best), draws, z.shape[1], generator=generator, dtype=torch.float64)
+        code = best[:, None] + torch.linalg.solve_triangular(factor.mT, eps.mT, upper=True).mT
+        flat = code.flatten(0, 1)
+        images = decode(flat.to(z), *(v.repeat_interleave(draws, 0) for v in given)).unflatten(0, eps.shape[:2])
+        log_p = standard_normal_log_prob((some[:, None] - images) / sigma).double() - sigma.log().sum()
+        log_r = standard_normal_log_prob(eps) + factor.diagonal(dim1=1, dim2=2).log().sum(1)[:, None]
+        weights.append(log_prior(flat).view_as(log_p) + log_p - log_r)
+    weights = torch.cat(weights)
     values = weights.logsumexp(1) - math.log(draws)
     if draws < 2:
         return Density(values)
@@ -305,26 +290,34 @@ def decoder_density(
     return Density(values, values - torch.stack([w.logsumexp(1) - math.log(half) for w in parts]).mean(0))
 
 
+@torch.no_grad()
 def decoder_fill(
     decode: Callable,
     x: Tensor,
     seen: Tensor,
     z: Tensor,
     *,
-    sigma: float | Tensor,
+    sigma: Tensor,
     prior: GaussianMixture | None = None,
     rows: tuple[Tensor, ...] = (),
-    draws: int = 200,
-    steps: int = 20,
-    generator: Generator | None = None,
+    steps: int = 10,
 ) -> Tensor:
-    """Means of g(z), (n, D), under the posterior of z given the entries of x (n, D) that ``seen`` (D,) marks.
+    """Images g(z), (n, D), of the likeliest code given the entries of x (n, D) that ``seen`` (D,) marks.
 
-    By the weights of :func:`decoder_density`, whose arguments these are, for the entries that are seen.
+    That is the code of a :class:`gae_core.models.gae.GAE` for an image of which only these are known. Searches begin at
+    several codes for each x, z (n, K, d), for half of an image may be that of different ones; the best is taken. The
+    rest is as for :func:`decoder_density`, a mixture as prior standing for the Gaussian with its moments.
     """
-    options = {"prior": prior, "rows": rows, "draws": draws, "steps": steps, "generator": generator, "seen": seen}
-    parts = _weigh(decode, x, z, sigma=sigma, **options)
-    return torch.cat([torch.einsum("ns,nsd->nd", w.softmax(1), images.double()) for images, w in parts])
+    k, flat = z.shape[1], z.flatten(0, 1)
+    rows = tuple(v.repeat_interleave(k, 0) for v in rows)
+    known = lambda z, *rows: decode(z, *rows)[:, seen]  # noqa: E731
+    found, value = [], []
+    for some, start, *given in zip(*(v.split(400) for v in (x.repeat_interleave(k, 0), flat, *rows)), strict=True):
+        best = _find(known, some[:, seen], start, tuple(given), sigma[seen], *_normal(prior, z), steps)
+        found.append(best[0])
+        value.append(best[1])
+    best = torch.arange(len(x)) * k + torch.cat(value).view(-1, k).argmax(1)
+    return decode(torch.cat(found)[best], *(v[best] for v in rows))
 
 
 def _exact(weights: Tensor, means: Tensor, covariances: Tensor, plain: Tensor | None = None) -> dict:
@@ -362,26 +355,34 @@ def _by_search(
         centre: mean image, (D,), which stands for what is missing where a search begins.
         seed: of the draws, and of the fit.
         encode: images, labels -> codes.
-        codes: to which a mixture of ten is fitted, as the distribution of codes; None takes N(0, I).
+        codes: (m, d), to which a mixture of ten is fitted, as the distribution of codes; None takes N(0, I).
         classes: number of labels, if the decoder is told them. The density is then a bound by the true label's part.
     """
     prior = functools.cache(lambda: None if codes is None else fit_gaussian_mixture(codes.double(), 10, seed=seed))
 
-    def options(labels: Tensor, draws: int) -> dict:
-        rows = (nn.functional.one_hot(labels, classes).float(),) if classes else ()
-        return {"prior": prior(), "rows": rows, "draws": draws, "generator": Generator().manual_seed(seed)}
+    def hot(labels: Tensor) -> tuple[Tensor, ...]:
+        return (nn.functional.one_hot(labels, classes).float(),) if classes else ()
 
     def density(variance: Tensor) -> Callable:
         def log_density(noisy: Tensor, clean: Tensor, labels: Tensor, draws: int) -> Density:
-            start = encode(clean, labels)
-            found = decoder_density(decode, noisy, start, sigma=variance.sqrt(), **options(labels, draws))
+            how = {"rows": hot(labels), "draws": draws, "generator": Generator().manual_seed(seed)}
+            found = decoder_density(decode, noisy, encode(clean, labels), sigma=variance.sqrt(), prior=prior(), **how)
             return dataclasses.replace(found, values=found.values - math.log(classes or 1))
 
         return log_density
 
-    def fill(noisy: Tensor, seen: Tensor, labels: Tensor, draws: int) -> Tensor:
-        start = encode(torch.where(seen, noisy, centre), labels)
-        return decoder_fill(decode, noisy, seen, start, sigma=variance.sqrt(), **options(labels, draws))
+    @torch.no_grad()
+    def fill(noisy: Tensor, seen: Tensor, labels: Tensor) -> Tensor:
+        """By searches from the code of the image with the mean image's other half, and from the most similar images."""
+        first = encode(torch.where(seen, noisy, centre), labels)
+        drawn = torch.randn(2000, first.shape[1], generator=Generator().manual_seed(seed)) if codes is None else codes
+        starts = first[:, None].repeat(1, STARTS, 1)
+        for label in labels.unique() if classes else [None]:
+            same = slice(None) if label is None else labels == label
+            images = decode(drawn, *(() if label is None else hot(label.expand(len(drawn)))))
+            apart = torch.cdist(noisy[same][:, seen], images[:, seen])
+            starts[same, 1:] = drawn[apart.topk(STARTS - 1, largest=False).indices]
+        return decoder_fill(decode, noisy, seen, starts, sigma=variance.sqrt(), prior=prior(), rows=hot(labels))
 
     plain = density(variance.mean().expand_as(variance))
     return {"log_density": density(variance), "plain_density": plain, "fill": fill}
@@ -684,7 +685,7 @@ def adversarial(x: Tensor, y: Tensor, size: Size, seed: int, *, name: str) -> Me
         nearest = starts[torch.cdist(x, known).argmin(1)]
         zero, eye = torch.zeros(DIM), torch.eye(DIM)
         parts = zip(x.split(200), nearest.split(200), strict=True)
-        return torch.cat([_find(model.decode, a, b, (), sigma, zero, eye, 10) for a, b in parts])
+        return torch.cat([_find(model.decode, a, b, (), sigma, zero, eye, 10)[0] for a, b in parts])
 
     def reconstruct(x: Tensor, y: Tensor) -> Tensor:
         return metrics.in_batches(model.decode, encode(x, y))
@@ -838,7 +839,7 @@ def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple
         seen[..., : shape[2] // 2] = True
         seen = seen.flatten()
         hidden = noisy.masked_fill(~seen, math.nan)  # who looks there has no number to show
-        filled = member.fill(hidden, seen, labels, size.draws)
+        filled = member.fill(hidden, seen, labels)
         found["squared error of a missing pixel"] = float((filled - clean)[:, ~seen].square().mean())
         shown["right half filled in"] = torch.where(seen, clean, filled.float())[:32].clamp(0, 1)
     if member.codes is not None:
@@ -980,7 +981,7 @@ MAP = tuple(
         (
             "denoising autoencoder | denoising | a vector | encoder, of a corrupted image | nothing | the likelihood "
             "of the clean image given the corrupted one | images, by a chain",
-            (3, 1, 0),
+            (3, 1, 1),
         ),
         (
             f"EAE | eae | a vector | encoder | pushed to $N(0, I)$ by its entropy | {ERROR}, plus the entropy of the "
