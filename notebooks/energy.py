@@ -78,7 +78,8 @@ for points in (8, 16, 32, 64):
     grid = log_normalizer_2d(lambda x: x.square().sum(1) / 2, -8, 8, points)
     error = abs(float(grid.log_z) - math.log(2 * math.pi))
     print(
-        f"{points:>3} cells a side, {16 / points:.2f} wide: ten digits right: {error < 1e-10}"
+        f"{points:>3} cells a side, {16 / points:.2f} wide: "
+        f"ten digits right: {error < 1e-10}"
     )
 
 # %% [markdown]
@@ -134,7 +135,7 @@ print(
 
 # %% mystnb={"figure": {"name": "fig-energy-phases", "caption": "Negative log-likelihood and difference of mean energies over the variance of the model, with steps of descent on the latter, samples detached or not."}, "image": {"alt": "Two curves over the variance of the model. The negative log-likelihood has a minimum at 1, the difference of mean energies falls throughout. Descent with detached samples ends at variance 1, through the samples it runs away."}}
 def descend(stop, start=0.3, steps=60, rate=0.4):
-    """Descent on v / 2s - E_q[x²] / 2s in log s, where E_q[x²] is s, held fixed or not."""
+    """Descent on v / 2s - E_q[x²] / 2s in log s; E_q[x²] is s, fixed or not."""
     r, path = torch.tensor(math.log(start), requires_grad=True), []
     for _ in range(steps):
         s = r.exp()
@@ -205,15 +206,16 @@ def linear(x):
 
 
 print(f"squared length: {float(w.square().sum()):.2f}")
-print(
-    f"R1, per sample: {[round(float(v), 2) for v in gradient_penalty_r1(linear, images)]}"
-)
-print(
-    f"WGAN-GP, per sample: {[round(float(v), 2) for v in gradient_penalty_wgan(linear, images, images.flip(0))]}"
-)
+penalties = {
+    "R1": gradient_penalty_r1(linear, images),
+    "WGAN-GP": gradient_penalty_wgan(linear, images, images.flip(0)),
+}
+for name, values in penalties.items():
+    print(f"{name}, per sample: {[round(float(v), 2) for v in values]}")
 per_pixel = w.expand(4, -1, -1, -1).norm(dim=1)
 print(
-    f"norm over channels, squared, mean over pixels: {float(per_pixel.square().mean()):.4f}, 1/64 of R1"
+    "norm over channels, squared, mean over pixels: "
+    f"{float(per_pixel.square().mean()):.4f}, 1/64 of R1"
 )
 
 # %% [markdown]
@@ -226,11 +228,13 @@ print(
 
 # %%
 def penalised_optimum(p, width, lam):
-    """Minimiser U of sum p U + log sum e^-U + lam sum p |grad U|², for masses p on a grid of 1 or 2 dimensions."""
+    """Minimiser U of sum p U + log sum e^-U + lam sum p |grad U|².
+
+    The masses p are on a grid of one or two dimensions.
+    """
     shape, n = p.shape, p.numel()
-    p = (p + 1e-12) / (
-        p + 1e-12
-    ).sum()  # a floor far below what is drawn, so that no cell is without data
+    p = p + 1e-12  # far below what is drawn, so that no cell is without data
+    p = p / p.sum()
     index = torch.arange(n).reshape(shape)
     pairs = [
         (index.narrow(k, 0, m - 1), index.narrow(k, 1, m - 1))
@@ -292,7 +296,8 @@ for lam in lams:
     for name, q in zip(kl, (best, bumps(line, 4 * lam)), strict=True):
         kl[name].append(float((p * (p / q).log() * width)[p > 1e-12].sum()))
     print(
-        f"lambda {lam:.4f}: KL(p | optimum) {kl['optimum with R1'][-1]:.5f}, KL(p | blurred) {kl[name][-1]:.5f} nats"
+        f"lambda {lam:.4f}: KL(p | optimum) {kl['optimum with R1'][-1]:.5f}, "
+        f"KL(p | blurred) {kl[name][-1]:.5f} nats"
     )
 assert 0.8 < kl["optimum with R1"][0] / kl[name][0] < 1.2  # the same to first order
 
@@ -377,7 +382,8 @@ kl_trained = {lam: float(grid.kl_from(truth)) for lam, grid in trained.items()}
 kl_optimum = {lam: float(grid.kl_from(truth)) for lam, grid in optima.items()}
 for lam in kl_trained:
     print(
-        f"lambda {lam}: KL(truth | network) {kl_trained[lam]:.3f}, of the optimum {kl_optimum.get(lam, 0):.3f} nats"
+        f"lambda {lam}: KL(truth | network) {kl_trained[lam]:.3f}, "
+        f"of the optimum {kl_optimum.get(lam, 0):.3f} nats"
     )
 
 # %% mystnb={"figure": {"name": "fig-energy-landscapes", "caption": "Eight Gaussians: the truth and the optima under three penalties; below, networks trained by exact likelihood. Titles: KL from the truth in nats."}, "image": {"alt": "Two rows of densities on a ring of eight Gaussians. Top, the truth and the optima under penalties of 0.003, 0.03 and 0.3, whose spots grow into flat discs. Bottom, small networks trained with weights 0, 0.003, 0.03 and 0.3."}}

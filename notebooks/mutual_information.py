@@ -95,7 +95,8 @@ product = joint.sum(1, keepdim=True) * joint.sum(0)
 information = torch.where(joint > 0, joint * (joint / product).log(), 0.0).sum()
 entropy = -torch.xlogy(joint.sum(1), joint.sum(1)).sum()
 print(
-    f"I(x; z) = {information / math.log(2):.4f} bits, H(x) = {entropy / math.log(2):.4f} bits"
+    f"I(x; z) = {information / math.log(2):.4f} bits, "
+    f"H(x) = {entropy / math.log(2):.4f} bits"
 )
 
 # %% [markdown]
@@ -111,9 +112,8 @@ for k in (2, 16, 1024):
         (torch.arange(1 << 16) + 0.5) / (1 << 16) * k // 1
     )  # of each of 65,536 values of x
     share = torch.bincount(cell.long()) / len(cell)
-    print(
-        f"{k:5d} cells: I(x; cell) = {-(share * share.log()).sum():.3f}, log k = {math.log(k):.3f}"
-    )
+    told = -(share * share.log()).sum()
+    print(f"{k:5d} cells: I(x; cell) = {told:.3f}, log k = {math.log(k):.3f}")
 
 # %% [markdown]
 # There is no end to it: $I(x; z) = \infty$ for any smooth $G$, while the entropy of $x = z$ is 0.
@@ -127,7 +127,7 @@ for k in (2, 16, 1024):
 
 # %%
 def channel(G, tau, points=1200):
-    """Information of x = G(z) + tau eps on z ~ N(0, 1), and the bound with the best encoder E[z|x]."""
+    """Information of x = G(z) + tau eps on z ~ N(0, 1), and the bound by E[z|x]."""
     z = torch.linspace(-6, 6, points, dtype=torch.float64)
     weight = (-0.5 * z.square()).exp()
     weight = weight / weight.sum()
@@ -182,7 +182,8 @@ axes[0].set_ylabel("nats")
 legend = axes[0].legend()
 
 # %% [markdown]
-# Folding costs the samples one bit of entropy. The bound loses everything: from $|z|$ the best guess of $z$ is 0.
+# Folding costs the samples at most one bit of entropy, and all of it as the noise goes. The bound loses everything: from $|z|$
+# the best guess of $z$ is 0.
 #
 # ## Step 4: critics
 #
@@ -196,7 +197,7 @@ B, d = 64, 4
 
 
 def pairs(information, n, generator):
-    """n pairs (x, z) of d jointly normal coordinates each, with that information in nats."""
+    """n pairs (x, z) of d jointly normal coordinates, with that information."""
     rho = math.sqrt(-math.expm1(-2 * information / d))
     z = torch.randn(n, d, generator=generator)
     return rho * z + math.sqrt(1 - rho**2) * torch.randn(
@@ -262,7 +263,8 @@ known = {
 print("information  " + "".join(f"{level:6.1f}" for level in levels))
 for name, rows in known.items():
     print(f"{name:<13}" + "".join(f"{mean:6.2f}" for mean, _, _ in rows))
-# In few batches is there a pair off the diagonal that carries exp(8) = 2981 times its share.
+# In few batches is there a pair off the diagonal that carries exp(8) = 2981 times
+# its share.
 assert all(high <= math.log(B) + 1e-5 for _, _, high in known["InfoNCE"])
 high = (
     (batch_values(best_critic(8), 8, estimators["NWJ"], seeded(3), 300) > 8)
@@ -332,7 +334,8 @@ for level in trained_levels:
 print("information  " + "".join(f"{level:6.1f}" for level in trained_levels))
 for name, rows in learned.items():
     print(f"{name:<13}" + "".join(f"{mean:6.2f}" for mean, _, _ in rows))
-# At one nat every objective gets there: 100 batches have a standard error of 0.02, what is left is the training's.
+# At one nat every objective gets there: 100 batches have a standard error of 0.02,
+# what is left is the training's.
 assert all(abs(rows[0][0] - 1) < 0.15 for rows in learned.values())
 
 # %% tags=["nbval-check-output"]
@@ -385,14 +388,17 @@ label = axes[0].set_ylabel("estimate, nats")
 
 # %%
 def products(x, z):
-    """All products of two coordinates of (x, z): the features in which a Gaussian's log ratio is linear."""
+    """Products of coordinates of (x, z): Gaussian log ratios are linear in them."""
     both = torch.cat([x, z], 1)
     i, j = torch.triu_indices(both.shape[1], both.shape[1])
     return both[:, i] * both[:, j]
 
 
 def log_ratio(x, z, negatives):
-    """Scores of pairs and of negatives by logistic regression, both (n,): it maximises the Jensen-Shannon objective."""
+    """Scores of pairs and of negatives, both (n,), by logistic regression.
+
+    It maximises the Jensen-Shannon objective.
+    """
     pairs, others = products(x, z), products(x, negatives)
     features = torch.cat([pairs, others]).numpy()
     labels = torch.cat([torch.ones(len(x)), torch.zeros(len(x))]).numpy()
@@ -454,7 +460,7 @@ legend = ax.legend()
 
 # %%
 def fit_scale(tau, bound, steps=1200):
-    """Adam on a and e, on fresh batches of 256, the encoder ten times as fast; the path of a."""
+    """Adam on a and, ten times as fast, e, on batches of 256; the path of a."""
     a, e = (
         torch.tensor(1.0, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
@@ -555,9 +561,11 @@ for correlation in (0.0, 0.8):
         end=" ",
     )
     print(
-        f"coordinates {by_coordinates:.3f}, with total correlation {true + total_correlation:.3f}"
+        f"coordinates {by_coordinates:.3f}, "
+        f"with total correlation {true + total_correlation:.3f}"
     )
-    # The standard error of a mean log ratio is below 0.01 here; the regression's is of the same size.
+    # The standard error of a mean log ratio is below 0.01 here; the regression's is
+    # of the same size.
     assert abs(by_rows - true) < 0.05
     assert abs(by_coordinates - true - total_correlation) < 0.05
 
