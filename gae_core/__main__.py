@@ -42,11 +42,9 @@ def _seeds(text: str) -> list[int]:
 
 def _device(text: str) -> str:
     try:
-        device = train.pick_device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices here, got {text!r}")
+        train.pick_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
@@ -64,12 +62,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--data", type=images, default="mnist")
 
-    run = commands.add_parser("run", help="train, measure, and write book/results/NAME/DATA-SIZE.json")
+    run = commands.add_parser(
+        "run",
+        help="train, measure, and write book/results/NAME/DATA-SIZE.json",
+        description="Train and measure a model or study for each seed, and record it. What is recorded stays: seeds "
+        "that the record has are not run again, others join it. A record made by other code, with other settings or on "
+        "another device is made again if --seeds names all of its seeds, and else left as it is, with an error.",
+    )
     run.add_argument("name", type=_one_of("model or study", [*experiments.MODELS, *experiments.STUDIES, "all"]))
     names = dict.fromkeys([*DATA, *(name for _, study in experiments.STUDIES.values() for name in study.data)])
     run.add_argument("--data", type=_one_of("data set", names), help="default: mnist, or a study's own")
-    run.add_argument("--seeds", type=_seeds, default="0,1,2")
-    run.add_argument("--out", type=Path, default=records.RESULTS)
+    run.add_argument("--seeds", type=_seeds, default="0,1,2", help="one training each, default 0,1,2")
+    run.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the records, default book/results")
+    run.add_argument("--replace", action="store_true", help="lose the seeds of a record that was made otherwise")
     for c in (command, run):
         c.add_argument("--size", type=_one_of("size", experiments.SIZES), default="full")
         c.add_argument("--device", type=_device, default="auto")
@@ -117,6 +122,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     how = {"seeds": options.seeds, "size": options.size, "device": options.device, "out": options.out}
+    how |= {"replace": options.replace, "say": lambda line: print(line, file=sys.stderr, flush=True)}
     every = [name for name in (*experiments.MODELS, *experiments.STUDIES) if experiments.runs_on(name, options.data)]
     for name in every if options.name == "all" else [options.name]:
         print(experiments.record(name, data_name=options.data, **how), flush=True)

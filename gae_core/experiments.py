@@ -209,6 +209,7 @@ def run(
     size: str = "full",
     device: str = "auto",
     out: Path = RESULTS,
+    **options,
 ) -> Path:
     """Train an image model for each seed, measure it, and record it: see :func:`gae_core.recording.record`.
 
@@ -219,6 +220,7 @@ def run(
         size: key of ``SIZES``.
         device: see :func:`gae_core.train.pick_device`.
         out: folder of the records.
+        **options: ``replace`` and ``say`` of :func:`gae_core.recording.record`.
 
     Returns:
         The record; a picture of samples of the first seed lies beside it.
@@ -244,7 +246,8 @@ def run(
 
     settings = {"epochs": epochs, **RECIPE, "dim": DIM}
     what = Study(MODELS[name][0], (images.name,), lambda *_: settings, run_seed, judged=lambda _: images)
-    return recording.record(name, what, topic="image models", seeds=seeds, size=size, device=device, out=out)
+    how = {"seeds": seeds, "size": size, "device": device, "out": out} | options
+    return recording.record(name, what, topic="image models", **how)
 
 
 def record(name: str, *, data_name: str | None = None, **options) -> Path:

@@ -1,13 +1,16 @@
 """Recorded runs: a study is trained and measured for each seed, and the record says how to do it again."""
 
+import contextlib
 import datetime
 import hashlib
+import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,12 +28,18 @@ def record(
     size: str = "full",
     device: str = "auto",
     out: Path = RESULTS,
+    replace: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Run a study for each seed and record everything that is needed to do it again.
 
     The record's name has the size, so that a short run never overwrites a full one. Finished seeds are kept in
-    ``<data>-<size>.part.json`` until all are there: a run that was killed goes on with the next seed. A record made
-    by the same code on the same device, with these seeds, is left as it is.
+    ``<data>-<size>.part.json`` until all are there: a run that was killed goes on with the next seed.
+
+    Seeds that are recorded stay. Where the record was made by the same code, with the same settings, on the same
+    device, only the seeds that it lacks are run, and join it. Where it was not, its seeds and new ones cannot stand in
+    one record: if all of its seeds are asked for, they are run again, and the record is replaced when they are done;
+    if not, nothing is run, since seeds would be lost.
 
     Args:
         name: folder of the record.
@@ -41,14 +50,16 @@ def record(
         size: "short", "medium" or "full".
         device: see :func:`gae_core.train.pick_device`.
         out: folder of the records.
+        replace: whether a record that was made otherwise is replaced even if it has seeds that are not asked for.
+        say: is told in a line what is done with each seed.
 
     Returns:
-        The record, ``<out>/<name>/<data>-<size>.json``; the figure of the first seed lies beside it.
+        The record, ``<out>/<name>/<data>-<size>.json``; the figure of its first seed lies beside it.
 
     Raises:
         ValueError: for data that the study cannot run on, or seeds that are none or not different.
-        FileExistsError: if a CPU run would overwrite the record of a GPU.
-        OSError: if the folder cannot be written; found before anything is trained.
+        FileExistsError: if seeds would be lost, or a CPU run would overwrite the record of a GPU.
+        OSError: if the folder cannot be written, found before anything is trained; or a file of it later.
     """
     data = study.data[0] if data is None else data
     if data not in study.data:
@@ -68,27 +79,70 @@ def record(
         "torch": torch.__version__.split("+")[0],
         "code": code(),
     }
+    same = json.loads(json.dumps(same))  # as it is read again
     path = out / name / f"{data}-{size}.json"
-    part = path.with_suffix(".part.json")
-    old, begun = records.read(path), records.read(part)
+    part, title = path.with_suffix(".part.json"), f"{name}, {data}, {size}"
+    tell = say or (lambda line: None)
+    old = records.read(path)
     records.may_replace(path, same["device"])
-    if same.items() <= old.items() and set(seeds) <= set(old["seeds"]):
+    recorded = _runs(old, same)
+    if old and not recorded:
+        other = [key for key, value in same.items() if old.get(key) != value]
+        what = f"{path} has seeds {_listed(old.get('seeds', []))}, made with another {', '.join(other)}"
+        lost = [seed for seed in old.get("seeds", []) if seed not in seeds]
+        if lost and not replace:
+            raise FileExistsError(
+                f"{what}: seeds {_listed(seeds)} cannot join it, and would replace it without {_listed(lost)}. "
+                f"Ask for all of them (--seeds {_listed(dict.fromkeys([*old['seeds'], *seeds]), ',')}), for another "
+                "folder (--out), or for the loss (--replace)"
+            )
+        tell(f"{title}: {what}; it stays until these are done")
+    missing = [seed for seed in seeds if str(seed) not in recorded]
+    if recorded:
+        tell(f"{title}: recorded already are seeds {_listed(old['seeds'])}, to run {_listed(missing) or 'none'}")
+    if not missing:
         return path
     records.writable(path.parent)
-    runs = begun["runs"] if same.items() <= begun.items() else {}
-    for seed in seeds:
-        if str(seed) not in runs:
-            runs[str(seed)] = _seed(study, same, seed, chosen, part.with_suffix(".png") if seed == seeds[0] else None)
+    if study.judged:
+        judge.classifier(study.judged(data))  # if it cannot be had, one hears of it before the training
+    runs = {}
+    for seed in missing:
+        runs = _runs(records.read(part), same) | runs
+        if str(seed) in runs:
+            tell(f"{title}, seed {seed}: kept from a run that was stopped")
+            continue
+        runs[str(seed)], figure = _seed(study, same, seed, chosen)
+        with records.locked(path.parent):  # another process may be at other seeds
+            runs = _runs(records.read(part), same) | runs
             records.write(part, {**same, "runs": runs})
+        if seed == seeds[0] and figure is not None and not recorded:  # after the numbers, which are whole without it
+            _save(figure, part.with_suffix(".png"))
+        _close(figure)
+        tell(f"{title}, seed {seed}: trained and measured in {runs[str(seed)]['wall seconds']:.0f} s")
 
-    found = [runs[str(seed)] for seed in seeds]
+    with records.locked(path.parent):
+        joined = _runs(records.read(path), same) | {str(seed): runs[str(seed)] for seed in missing}
+        _write(path, study, same, joined, chosen)
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another process was first
+            part.with_suffix(".png").replace(path.with_suffix(".png"))
+        if left := {seed: run for seed, run in _runs(records.read(part), same).items() if seed not in joined}:
+            records.write(part, {**same, "runs": left})  # of a run that was stopped, or that is still at it
+        else:
+            part.unlink(missing_ok=True)
+    return path
+
+
+def _write(path: Path, study: Study, same: dict, runs: dict[str, dict], device: torch.device) -> None:
+    """Write the record of some seeds."""
+    found = list(runs.values())
     total = {key: [run[key] for run in found] for key in found[0]}
+    command = f"python -m gae_core run {same['model']} --data {same['data']} --size {same['size']}"
     records.write(
         path,
         {
             **same,
-            "command": f"python -m gae_core run {name} --data {data} --size {size} --seeds {','.join(map(str, seeds))}",
-            "seeds": list(seeds),
+            "command": f"{command} --seeds {_listed(runs, ',')}",
+            "seeds": list(map(int, runs)),
             "commit": _commit(),
             "date": datetime.date.today().isoformat(),
             "parameters": total["parameters"][0],
@@ -96,8 +150,8 @@ def record(
             "wall seconds": sum(total["wall seconds"]),
             "samples a second": sum(total["samples"]) / sum(total["training seconds"]),
             "peak memory, MiB": max(total["peak memory, MiB"]),
-            "peak memory of": "tensors on the device" if chosen.type == "cuda" else "the process since its start",
-            "classifier": judge.about(study.judged(data)) if study.judged else {},
+            "peak memory of": "tensors on the device" if device.type == "cuda" else "the process since its start",
+            "classifier": judge.about(study.judged(same["data"])) if study.judged else {},
             "metrics": {  # that all seeds have: a spread of no samples is none
                 key: records.summary([run["metrics"][key] for run in found])
                 for key in found[0]["metrics"]
@@ -106,26 +160,63 @@ def record(
             "curves": {key: [run["curves"][key] for run in found] for key in found[0]["curves"]},
         },
     )
-    if part.with_suffix(".png").exists():
-        part.with_suffix(".png").replace(path.with_suffix(".png"))
-    part.unlink()
-    return path
 
 
-def _seed(study: Study, same: dict, seed: int, device: torch.device, picture: Path | None) -> dict:
-    """Run one seed; its figure goes into the file ``picture``, if there are both."""
+def _runs(record: dict, same: dict) -> dict[str, dict]:
+    """Seed -> run, of a record or the part of one; none if it was made otherwise than ``same`` says.
+
+    A whole record has the times of all seeds together: each gets its share, so that they add up to them again.
+    """
+    if not same.items() <= record.items():
+        return {}
+    if "runs" in record:
+        return record["runs"]
+    n, seconds = len(record["seeds"]), record["training seconds"]
+    return {
+        str(seed): {
+            "training seconds": seconds / n,
+            "wall seconds": record["wall seconds"] / n,
+            "samples": record["samples a second"] * seconds / n,
+            "parameters": record["parameters"],
+            "peak memory, MiB": record["peak memory, MiB"],
+            "metrics": {key: metric["by seed"][i] for key, metric in record["metrics"].items()},
+            "curves": {key: values[i] for key, values in record["curves"].items()},
+        }
+        for i, seed in enumerate(record["seeds"])
+    }
+
+
+def _listed(seeds: Iterable, comma: str = ", ") -> str:
+    return comma.join(map(str, seeds))
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a figure; the numbers are written before."""
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path}: {error.strerror}. The numbers are kept, and the same command goes on from there, "
+            "without this picture"
+        ) from error
+
+
+def _close(figure: Any) -> None:
+    if figure is not None:
+        from matplotlib import pyplot
+
+        pyplot.close(figure)
+
+
+def _seed(study: Study, same: dict, seed: int, device: torch.device) -> tuple[dict, Any]:
+    """What is kept of one seed, and its figure."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     outcome = study.run(same["data"], same["size"], seed, device)
     seconds = time.perf_counter() - start
-    if outcome.figure is not None:
-        from matplotlib import pyplot
-
-        if picture is not None:
-            outcome.figure.savefig(picture, dpi=100)
-        pyplot.close(outcome.figure)
-    return {
+    kept = {
         "training seconds": outcome.training_seconds,
         "wall seconds": seconds,
         "samples": outcome.samples,
@@ -134,6 +225,7 @@ def _seed(study: Study, same: dict, seed: int, device: torch.device, picture: Pa
         "metrics": dict(outcome.metrics),
         "curves": {name: list(values) for name, values in outcome.curves.items()},
     }
+    return kept, outcome.figure
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -1,10 +1,13 @@
 """Records of runs: read, written, and drawn as tables. No number in a results section is typed by hand."""
 
+import contextlib
 import json
 import math
+import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +75,34 @@ def read(path: Path) -> dict:
 
 
 def write(path: Path, record: dict) -> None:
-    """Write a record beside its file and rename it: a crash leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a record beside its file and rename it: a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: if it cannot be written, with its name.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")  # two runs at once write two files
+    try:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone among processes that ask for the same folder, where the system and its disk have such locks."""
+    descriptor = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def writable(folder: Path) -> None:

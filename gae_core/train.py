@@ -30,10 +30,10 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}') from error
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f'device must be one that is here: torch sees {torch.cuda.device_count()} of CUDA, got "{chosen}"'
+            f"device must be one that is here, torch sees {torch.cuda.device_count()} CUDA devices here, got '{chosen}'"
         )
     return chosen
 

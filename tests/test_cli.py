@@ -67,6 +67,29 @@ def test_run_all_and_report(capsys, tmp_path, monkeypatch):
     assert "| squared error |" in table and all(name.replace("_", " ") in table for name in experiments.MODELS)
 
 
+def test_run_says_what_it_does_and_does_not_lose_seeds(capsys, tmp_path, monkeypatch):
+    def coin(data_name, size, seed, device):
+        return records.Outcome({"heads": 0.5}, parameters=0, training_seconds=1.0, samples=1)
+
+    studies = [records.Study("a coin", ("digits",), lambda *_, n=n: {"epochs": n}, coin) for n in range(2)]
+    run = [*short("run", "coin"), "--out", str(tmp_path / "out"), "--seeds"]
+    monkeypatch.setattr(experiments, "STUDIES", {"coin": ("coins", studies[0])})
+    path = tmp_path / "out" / "coin" / "digits-short.json"
+    for seeds, said in (("0,1", "seed 1: trained"), ("2", "already are seeds 0, 1, to run 2"), ("1", "to run none")):
+        assert main([*run, seeds]) == 0
+        told = capsys.readouterr()
+        assert told.out == f"{path}\n" and said in told.err
+    assert records.check(path)["seeds"] == [0, 1, 2]
+    monkeypatch.setattr(experiments, "STUDIES", {"coin": ("coins", studies[1])})
+    assert main([*run, "0"]) == 1
+    assert "--replace" in capsys.readouterr().err and records.check(path)["seeds"] == [0, 1, 2]
+    assert main([*run, "0", "--replace"]) == 0
+    assert records.check(path)["seeds"] == [0]
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert "others join it" in " ".join(capsys.readouterr().out.split())
+
+
 def test_data_says_what_it_found(capsys):
     assert main(["data", "digits"]) == 0
     assert "1,347 training and 450 test images of 8×8 in 10 classes" in capsys.readouterr().out

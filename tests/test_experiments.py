@@ -1,5 +1,7 @@
 """Recorded runs: the same twice, resumable, never overwriting what is worth more; and the archives of `make gpu`."""
 
+import concurrent.futures
+import dataclasses
 import json
 import math
 import sys
@@ -90,8 +92,8 @@ def test_a_killed_run_goes_on_with_the_next_seed(digits, tmp_path, monkeypatch):
     assert records.check(path)["metrics"] == whole["metrics"]
     assert go(digits, tmp_path, seeds=[1]) == path and len(seeds) == 3, "what is there is not made again"
     monkeypatch.setattr(recording, "code", lambda: "other code")
-    go(digits, tmp_path, seeds=[1])
-    assert seeds[3:] == [1], "other code makes other records"
+    go(digits, tmp_path)
+    assert seeds[3:] == [0, 1], "other code makes other records"
 
 
 def test_a_cpu_does_not_overwrite_a_gpu(digits, tmp_path, monkeypatch):
@@ -242,6 +244,139 @@ def test_a_study_is_recorded_by_seed(tmp_path):
     assert list(records.groups(tmp_path)) == ["coins: digits, size short, CPU, 7 epochs, seeds 1, 3"]
     with pytest.raises(ValueError, match="data of coin must be one of digits, got 'mnist'"):
         recording.record("coin", study, topic="coins", data="mnist", out=tmp_path)
+
+
+COIN = records.Study("a coin", ("digits",), lambda *_: {"epochs": 7, "betas": (0.5, 0.9)}, coin)
+
+
+def toss(out, *seeds, study=COIN, **options):
+    return recording.record("coin", study, topic="coins", seeds=seeds, size="short", device="cpu", out=out, **options)
+
+
+def test_seeds_join_a_record_that_was_made_alike(tmp_path):
+    said, tossed = [], []
+
+    def counted(data_name, size, seed, device):
+        tossed.append(seed)
+        return coin(data_name, size, seed, device)
+
+    study = dataclasses.replace(COIN, run=counted)
+    picture = toss(tmp_path, 0, 1, study=study).with_suffix(".png")
+    first, seen = records.check(picture.with_suffix(".json")), picture.read_bytes()
+    path = toss(tmp_path, 5, 1, 2, study=study, say=said.append)
+    found = records.check(path)
+    assert tossed == [0, 1, 5, 2] and found["seeds"] == [0, 1, 5, 2]
+    assert found["metrics"]["seed"]["by seed"] == [0.0, 1.0, 5.0, 2.0]
+    assert found["curves"]["curve"] == [[float(s), 2.0 * s] for s in (0, 1, 5, 2)]
+    assert found["command"].endswith("--seeds 0,1,5,2") and picture.read_bytes() == seen
+    assert found["training seconds"] == pytest.approx(2 * first["training seconds"])
+    assert found["samples a second"] == pytest.approx(first["samples a second"])
+    assert found["wall seconds"] > first["wall seconds"]
+    assert [line.removeprefix("coin, digits, short") for line in said] == [
+        ": recorded already are seeds 0, 1, to run 5, 2",
+        ", seed 5: trained and measured in 0 s",
+        ", seed 2: trained and measured in 0 s",
+    ]
+    toss(tmp_path, 1, 5, study=study, say=said.append)
+    assert tossed == [0, 1, 5, 2] and said[-1].endswith("to run none")
+
+
+@pytest.mark.parametrize("change", ["code", "settings"])
+def test_seeds_of_a_record_that_was_made_otherwise_are_not_lost_unasked(change, tmp_path, monkeypatch):
+    path, said, study = toss(tmp_path, 0, 1), [], COIN
+    if change == "code":
+        monkeypatch.setattr(recording, "code", lambda: "other code")
+    else:
+        study = dataclasses.replace(COIN, settings=lambda *_: {"epochs": 8, "betas": (0.5, 0.9)})
+    before, other = path.read_bytes(), {"code": "code", "settings": "epochs"}[change]
+    with pytest.raises(FileExistsError, match=rf"seeds 0, 1, made with another {other}: .*--seeds 0,1,2.*--replace"):
+        toss(tmp_path, 2, study=study)
+    assert path.read_bytes() == before
+    toss(tmp_path, 1, 0, 2, study=study, say=said.append)
+    assert records.check(path)["seeds"] == [1, 0, 2] and "it stays until these are done" in said[0]
+    monkeypatch.setattr(recording, "code", lambda: "again other code")
+    toss(tmp_path, 2, study=study, replace=True)
+    assert records.check(path)["seeds"] == [2]
+
+
+def test_seeds_that_another_run_left_or_ends_meanwhile_are_kept(tmp_path):
+    """A run of the seeds 0 and 1 is stopped after 0, and while another does 2, a third one ends with 3."""
+
+    def stopped(data_name, size, seed, device):
+        if seed == 1:
+            raise KeyboardInterrupt
+        if seed == 2:
+            toss(tmp_path, 3)
+        return coin(data_name, size, seed, device)
+
+    study = dataclasses.replace(COIN, run=stopped)
+    with pytest.raises(KeyboardInterrupt):
+        toss(tmp_path, 0, 1, study=study)
+    path = toss(tmp_path, 2, study=study)
+    assert records.check(path)["seeds"] == [3, 2]
+    said = []
+    toss(tmp_path, 0, 1, say=said.append)
+    assert records.check(path)["seeds"] == [3, 2, 0, 1]
+    assert said[1] == "coin, digits, short, seed 0: kept from a run that was stopped"
+    assert sorted(p.suffix for p in path.parent.iterdir()) == [".json", ".png"]
+
+
+def test_runs_at_once_do_not_disturb_each_other(tmp_path):
+    """Threads see the same files as processes; a study without a figure, since pyplot is for one thread."""
+    study = dataclasses.replace(COIN, run=lambda *a: records.Outcome({"seed": float(a[2])}, 3, 0.5, 100))
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        jobs = [pool.submit(toss, tmp_path, *seeds, study=study) for seeds in [(i % 8, 8 + i % 8) for i in range(48)]]
+    path = {job.result() for job in jobs}.pop()
+    assert sorted(records.check(path)["seeds"]) == list(range(16))
+    assert [p.name for p in path.parent.iterdir()] == ["digits-short.json"]
+
+
+def test_a_picture_that_cannot_be_written_does_not_lose_the_numbers(tmp_path, monkeypatch):
+    tossed = []
+
+    def heavy(data_name, size, seed, device):
+        tossed.append(seed)
+        return coin(data_name, size, seed, device)
+
+    def full(figure, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    study = dataclasses.replace(COIN, run=heavy)
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        with pytest.raises(OSError, match=r"cannot write .*digits-short\.part\.png: No space left.*numbers are kept"):
+            toss(tmp_path, 0, 1, study=study)
+    path = toss(tmp_path, 0, 1, study=study)
+    assert tossed == [0, 1] and records.check(path)["seeds"] == [0, 1]
+    assert [p.name for p in path.parent.iterdir()] == ["digits-short.json"]
+    plots.plt.close("all")
+
+
+def test_a_record_that_cannot_be_written_is_named_and_leaves_the_old_one(tmp_path):
+    """Truly: the process may write no file longer than ten bytes."""
+    import resource
+
+    path, limits = tmp_path / "a.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    records.write(path, {"a": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*a\.json: "):
+            records.write(path, {"a": "b" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert records.read(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_damaged_classifier_is_found_before_the_training(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("GAE_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    monkeypatch.setattr(judge, "about", lambda *a, **k: {"accuracy": 1.0})
+    path = judge._file(digits, 0)
+    path.parent.mkdir()
+    path.write_bytes(b"half a classifier")
+    with pytest.raises(ValueError, match=r"classifier-digits-0.*\.pt is damaged: delete it"):
+        go(digits, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", experiments.STUDIES)

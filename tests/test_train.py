@@ -517,10 +517,10 @@ BAD = {
     "rate of NaN": (dict(lr=math.nan), "lr must be a number of at least 0, got nan"),
     "three betas": (dict(betas=(0.9, 0.9, 0.9)), "betas must be .* two, got"),
     "climbing": (dict(schedule=lambda t: -1), "schedule must give factors of at least 0, got -1 at step 0"),
-    "no device of that name": (dict(device="gpu"), 'device must be "auto", "cpu", "cuda" or "cuda:N", got .gpu'),
+    "no device of that name": (dict(device="gpu"), "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
     "a device that is not here": (
         dict(device="cuda:99"),
-        "device must be one that is here: torch sees .* got .cuda:99",
+        "device must be one that is here, torch sees .* got 'cuda:99'",
     ),
     "nothing to go on from": (dict(resume=True), "resume must have a checkpoint to go on from"),
     "an array": (dict(x=rows().numpy()), "x must be a tensor .* got ndarray: torch.as_tensor"),
