@@ -22,8 +22,16 @@ from sklearn.model_selection import train_test_split
 from torch.utils.flop_counter import FlopCounterMode
 
 from gae_core import data, nets, train
+from gae_core.models import local_linear
 from gae_core.models.gae import GAE, GGAE, KernelMixture, soft_minimum
-from gae_core.models.local_linear import LocalLinearGAE, factor_log_likelihood, fit_local_linear, nmf_step, ppca
+from gae_core.models.local_linear import (
+    LocalLinearGAE,
+    factor_log_likelihood,
+    fit_local_linear,
+    nmf_step,
+    plus_plus,
+    ppca,
+)
 
 TOL = {"rtol": 0, "atol": 1e-8}
 
@@ -116,6 +124,12 @@ def test_both_ends_of_the_finite_bound_are_reached():
     with mp.workdps(40):
         assert mp.almosteq(mp.log(4 * mp.exp(-3)), -3 + mp.log(4))
         assert mp.log(mp.exp(-3) + 0) == -3
+        # It is the terms that must be alike, not the likelihoods: codes of 4/5 and 1/5 that explain x equally well.
+        even, uneven = (
+            mp.log(mp.fsum(terms)) - max(map(mp.log, terms))
+            for terms in ([mp.mpf(4) / 5 * 1, mp.mpf(1) / 5 * 4], [mp.mpf(4) / 5, mp.mpf(1) / 5])
+        )
+        assert mp.almosteq(even, mp.log(2)) and uneven < mp.log(2) - 0.4
 
 
 @pytest.mark.checks("eq-gae-counterexample", how="exact")
@@ -145,6 +159,25 @@ def test_the_maximum_changes_with_the_units():
     best = sp.solve(sp.diff(log_density, z), z)[0]
     difference = other.subs(sp.Symbol("u"), u) - log_density.subs(z, best)
     assert sp.simplify(sp.expand_log(difference - d * sp.log(a), force=True)) == 0
+
+
+@pytest.mark.checks("eq-gae-laplace", how="symbolic")
+def test_the_corrected_value_does_not_change_with_the_units_and_the_correction_does():
+    """In two dimensions: the maximum gains d log a, -1/2 log det H loses it; log det H alone changes by twice that."""
+    a, s, x = sp.symbols("a s x", positive=True)
+    z, u = sp.symbols("z:2"), sp.symbols("u:2")
+    value = -(z[0] ** 2 + z[1] ** 2) / 2 - (x - z[0] - 2 * z[1]) ** 2 / (2 * s**2) - (1 + z[0] - z[1]) ** 2
+
+    def parts(value, at):
+        best = sp.solve([sp.diff(value, v) for v in at], at)
+        return value.subs(best), -sp.hessian(value, at).subs(best).det()
+
+    there = value.subs(dict(zip(z, (a * u[0], a * u[1]), strict=True)), simultaneous=True) + 2 * sp.log(a)
+    (maximum, det), (moved, det_moved) = parts(value, z), parts(there, u)
+    gained, bent = sp.simplify(moved - maximum), sp.simplify(sp.log(sp.simplify(det_moved / det)))
+    assert sp.simplify(gained - 2 * sp.log(a)) == 0
+    assert sp.simplify(sp.expand_log(bent, force=True) - 2 * gained) == 0
+    assert sp.simplify(sp.expand_log(gained - bent / 2, force=True)) == 0
 
 
 @pytest.mark.checks("eq-gae-laplace", how="exact")
@@ -249,6 +282,21 @@ def test_the_ascent_converges_exactly_below_its_limit(share, prior):
             gae.infer(x, steps=4000)
 
 
+def test_a_step_beyond_the_promise_may_rise_or_fall():
+    """The source's ascent; "only below 2/L" would be as wrong. Start along the flattest and the steepest direction."""
+    W, mu, _ = random_linear(5)
+    values, vectors = torch.linalg.eigh(W.T @ W + torch.eye(3, dtype=W.dtype))
+    gae = GAE(linear(W, mu), 3, steps=1, step_size=2.2 / float(values[-1]))
+    rose = []
+    for k in (0, 2):  # x is such that the best code lies along this eigenvector: the ascent from 0 stays on it
+        x = (mu + W @ torch.linalg.solve(W.T @ W, values[k] * vectors[:, k]))[None]
+        before, after = (
+            gae.log_likelihood(x, z) + gae.log_prior(z) for z in (gae.infer(x, steps=t)[0] for t in (0, 1))
+        )
+        rose.append(bool(after > before))
+    assert rose == [True, False]
+
+
 @pytest.mark.checks("eq-gae-total-gradient", how="symbolic")
 @pytest.mark.checks("eq-gae-second-order", how="symbolic")
 def test_the_gradient_through_the_steps_in_one_dimension():
@@ -271,14 +319,38 @@ def test_the_gradient_through_the_steps_in_one_dimension():
 
 
 @pytest.mark.checks("eq-gae-second-order", how="exact")
-@pytest.mark.parametrize(("second_order", "factor"), [(True, 2.0), (False, 1.0)])
-def test_the_option_decides_whether_the_gradient_passes_the_steps(second_order, factor):
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("t", [1, 2, 3, 7])
+def test_the_option_decides_whether_the_gradient_passes_the_steps(second_order, t):
+    """All of them: a gradient through the last step alone is right for t = 1 and for no other."""
+    w, x, eta = 0.8, 1.7, 0.3
     one = torch.ones(1, 1, dtype=torch.float64)
-    gae = GAE(linear(0.8 * one, 0 * one[0]), 1, steps=1, step_size=0.3, prior="flat", second_order=second_order)
-    gae.loss(1.7 * one).total.sum().backward()
-    rho = 1 - 0.3 * 0.64
-    expected = -(1.7**2) / 0.8 * rho * (1 - rho) * factor
-    assert float(gae.decoder.weight.grad) == pytest.approx(expected, rel=1e-12)
+    gae = GAE(linear(w * one, 0 * one[0]), 1, steps=t, step_size=eta, prior="flat", second_order=second_order)
+    gae.loss(x * one).total.sum().backward()
+    rho = 1 - eta * w**2
+    through_l, whole = x**2 / w * rho**t * (1 - rho**t), 2 * t * eta * w * x**2 * rho ** (2 * t - 1)
+    assert float(gae.decoder.weight.grad) == pytest.approx(-(whole if second_order else through_l), rel=1e-12)
+    assert t == 1 or abs(whole - through_l) > 0.02
+
+
+@pytest.mark.checks("eq-gae-total-gradient", how="exact")
+def test_the_gradient_through_many_steps_of_a_network_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
+    gae = GAE(decoder, 2, steps=6, step_size=0.1, sigma=0.5)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    gae.loss(x).total.sum().backward()
+    found = torch.cat([p.grad.flatten() for p in decoder.parameters()])
+    flat = torch.nn.utils.parameters_to_vector(decoder.parameters()).detach()
+
+    def value(vector):
+        torch.nn.utils.vector_to_parameters(vector, decoder.parameters())
+        with torch.no_grad():
+            return float(gae.loss(x).total.sum())
+
+    h = 1e-5
+    expected = [(value(flat + h * e) - value(flat - h * e)) / (2 * h) for e in torch.eye(len(flat), dtype=flat.dtype)]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=flat.dtype), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.checks("eq-gae-starts", how="exact")
@@ -288,6 +360,77 @@ def test_the_mean_over_starts_is_never_above_the_best(values):
         mean = mp.log(mp.fsum(mp.exp(mp.mpf(v)) for v in values) / len(values))
         slack = mp.mpf(10) ** -35
         assert max(values) - mp.log(len(values)) - slack <= mean <= max(values) + slack
+
+
+@pytest.mark.checks("eq-gae-distinct", how="exact")
+def test_the_sum_over_different_codes_bounds_the_likelihood_and_over_starts_it_need_not():
+    with mp.workdps(40):
+        terms = [mp.mpf(v) / 100 for v in (31, 7, 2, 45, 1)]
+        log_q = mp.log(mp.fsum(terms))
+        for size in range(1, 6):
+            for codes in itertools.combinations(range(5), size):
+                found = mp.log(mp.fsum(terms[k] for k in codes))
+                assert max(mp.log(terms[k]) for k in codes) <= found <= log_q
+        starts = [3, 3, 3, 0]  # of four starts three end in one code
+        assert mp.log(mp.fsum(terms[k] for k in starts)) > log_q
+        assert mp.log(mp.fsum(terms[k] for k in [1, 1])) < log_q  # it can, and need not
+
+
+def several(**options):
+    """A GAE with a decoder whose ascent has several ends, and data; too few steps to reach them."""
+    torch.manual_seed(3)
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 6)).double()
+    with torch.no_grad():
+        decoder[0].weight.mul_(4)
+    gae = GAE(decoder, 2, **{"steps": 3, "step_size": 0.02, "sigma": 0.5, "n_starts": 4, **options})
+    return gae, torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_a_code_is_a_function_of_its_datum_alone():
+    """In whatever batch and place: the starts are the same for every row."""
+    gae, x = several()
+    with torch.no_grad():
+        batch = gae.encode(x)
+        for other in (torch.cat([gae.encode(row[None]) for row in x]), gae.encode(x.flip(0)).flip(0)):
+            torch.testing.assert_close(batch, other, rtol=1e-9, atol=1e-9)
+        starts = gae.infer(x, steps=0, alike=True, generator=torch.Generator().manual_seed(0))
+        assert (starts == starts[:, :1]).all() and (starts[0] == 0).all() and (starts[1:] != 0).all()
+        # The codes are not all from one start, and training has starts of its own for each row.
+        found = gae.infer(x, alike=True, generator=torch.Generator().manual_seed(0))
+        assert len((found == batch).all(2).double().argmax(0).unique()) >= 3
+        own = gae.infer(x, steps=0, generator=torch.Generator().manual_seed(0))
+        assert (own[1:, 0] != own[1:, 1]).all()
+    with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
+        gae.infer(x, steps=-1)
+
+
+def test_the_best_start_is_the_best_in_likelihood_and_prior():
+    gae, x = several(sigma=1.5)
+    with torch.no_grad():
+        z = gae.infer(x, alike=True, generator=torch.Generator().manual_seed(0))
+        likelihood = torch.stack([-(x - gae.decoder(v)).square().sum(1) / 4.5 for v in z])
+        value = likelihood - z.square().sum(2) / 2
+        best = value.argmax(0)
+        torch.testing.assert_close(gae.encode(x), z[best, torch.arange(50)])
+        assert (best != likelihood.argmax(0)).sum() > 5, "else the prior would not matter here"
+
+
+@pytest.mark.parametrize("combine", ["max", "logmeanexp"])
+def test_the_terms_of_the_loss_are_those_of_the_best_start(combine):
+    gae, x = several(combine=combine)
+    with torch.no_grad():
+        z = gae.infer(x, generator=torch.Generator().manual_seed(1))
+        found = gae.loss(x, generator=torch.Generator().manual_seed(1))
+    constant = 3 * math.log(2 * math.pi * 0.25)
+    reconstruction = torch.stack([(x - gae.decoder(v)).square().sum(1) / 0.5 + constant for v in z]).detach()
+    prior = z.square().sum(2) / 2 + math.log(2 * math.pi)
+    best = (reconstruction + prior).argmin(0)
+    assert (best > 0).sum() > 10, "else the first start would do"
+    at = (best, torch.arange(50))
+    torch.testing.assert_close(found.reconstruction, reconstruction[at])
+    torch.testing.assert_close(found.prior, prior[at])
+    mean = -((-reconstruction - prior).logsumexp(0) - math.log(4))
+    torch.testing.assert_close(found.total, (reconstruction + prior)[at] if combine == "max" else mean)
 
 
 def test_the_sum_over_equal_starts_exceeds_the_likelihood():
@@ -337,12 +480,16 @@ def test_the_self_map_without_its_normaliser_says_nothing_of_the_decoder():
     over_y = torch.einsum("xz,yz->xy", encoder, decoder)
     torch.testing.assert_close(over_y.sum(1), torch.ones(4, dtype=torch.float64))
     assert (4 * (encoder * decoder).sum(1) - 1).abs().max() > 0.1
-    # Good and bad decoders with a code of its own for each x: what the source keeps is 0 for all of them.
-    for quality in (0.9, 1e-6):
-        joint = torch.eye(3, dtype=torch.float64) * quality
+    # An encoder that gives each x one code, be it the same for all: what the source keeps is 0 for every decoder.
+    for codes in ([0, 1, 2, 1], [0, 0, 0, 0]):
+        joint = torch.eye(3, dtype=torch.float64)[codes] * likelihood
         posterior = joint / joint.sum(1, keepdim=True)
         assert posterior.amax(1).log().abs().max() == 0
-        assert joint.amax(1).log().max() == pytest.approx(math.log(quality))
+        assert joint.amax(1).log().max() < -0.01
+    # With an encoder that hesitates it is below 0, though the decoder has a mean of its own for each code.
+    x = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    joint = encoder[:3] * torch.distributions.Normal(x, 0.7).log_prob(x[:, None]).exp()
+    assert (joint / joint.sum(1, keepdim=True)).amax(1).log().max() < -0.01
 
 
 @pytest.mark.checks("eq-gae-soft-minimum", how="exact")
@@ -380,6 +527,20 @@ def test_hard_and_soft_assignment_and_their_distance(digits, sigma):
     assert soft - 1e-8 <= sse <= soft + 2 * sigma**2 * n * math.log(10) + 1e-8
     if sigma == 0.02:
         assert sse == pytest.approx(soft, rel=1e-4)  # the mixture has become k-means
+
+
+def test_the_best_component_is_the_nearest_centre_for_equal_weights_and_deviations_alone(digits):
+    x = digits[0]
+    mu = fit_local_linear(x, 10, 0, generator=torch.Generator().manual_seed(0)).model.mu
+    nearest = torch.cdist(x, mu).argmin(1)
+    equal, uneven = (
+        LocalLinearGAE(mu, mu.new_zeros(10, 64, 0), log_weights=weights, sigma=0.5).encode(x).component
+        for weights in (None, torch.linspace(0, 6, 10, dtype=x.dtype))
+    )
+    assert torch.equal(equal, nearest) and (uneven != nearest).double().mean() > 0.1
+    sigma = torch.linspace(0.3, 0.6, 10, dtype=x.dtype)
+    own = -torch.cdist(x, mu).square() / (2 * sigma**2) - 64 * sigma.log()
+    assert (own.argmax(1) != nearest).double().mean() > 0.1
 
 
 def test_more_centres_than_data_have_no_best_sigma(digits):
@@ -528,13 +689,26 @@ def test_the_proximal_ascent_finds_the_lasso():
     B = torch.randn(20, 40, generator=generator, dtype=torch.float64) / math.sqrt(20)
     truth = torch.zeros(40, dtype=torch.float64)
     truth[[3, 17, 31]] = torch.tensor([1.0, -2.0, 1.5], dtype=torch.float64)
-    y, lam, z = B @ truth, 0.02, torch.zeros(40, dtype=torch.float64)
-    eta = 1 / float(torch.linalg.matrix_norm(B, 2)) ** 2
-    for _ in range(20_000):
+    y, lam = B @ truth, 0.02
+    limit = 2 / float(torch.linalg.matrix_norm(B, 2)) ** 2
+
+    def step(z, eta):
         u = z + eta * B.T @ (y - B @ z)
-        z = u.sign() * (u.abs() - eta * lam).clamp_min(0)
+        return u.sign() * (u.abs() - eta * lam).clamp_min(0)
+
     known = Lasso(alpha=lam / 20, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(B.numpy(), y.numpy())
-    torch.testing.assert_close(z, torch.from_numpy(known.coef_), rtol=0, atol=1e-7)
+    known = torch.from_numpy(known.coef_)
+    for share in (0.98, 0.5):
+        z = torch.zeros(40, dtype=torch.float64)
+        for _ in range(20_000):
+            z = step(z, share * limit)
+        torch.testing.assert_close(z, known, rtol=0, atol=1e-7)
+    # A fixed point for steps of any length, and beyond the limit none that the ascent finds.
+    torch.testing.assert_close(step(z, 3 * limit), z, rtol=0, atol=1e-7)
+    away = z + 10 * torch.linalg.svd(B).Vh[0]
+    for _ in range(300):
+        away = step(away, 1.5 * limit)
+    assert (away - z).norm() > 1
     assert (z - truth).abs().max() < 0.1  # 20 measurements of 40 unknowns, three of them not 0
 
 
@@ -559,6 +733,49 @@ def test_no_step_makes_it_worse(digits, hard, components, q):
     generator = torch.Generator().manual_seed(3)
     fit = fit_local_linear(digits[0], components, q, hard=hard, sigma=0.3, max_steps=60, generator=generator)
     assert (fit.objective.diff() > -1e-10).all() and fit.objective[-1] > fit.objective[0] and fit.steps > 2
+
+
+def test_soft_planes_are_no_expectation_maximisation():
+    """The likelihood at the best point of a plane is the same all along it: its integral over x is infinite."""
+    W = torch.tensor([[[0.6], [0.8]]], dtype=torch.float64)
+    model = LocalLinearGAE(torch.zeros(1, 2, dtype=torch.float64), W, sigma=0.5)
+    along = torch.tensor([[0.3, -0.1]], dtype=torch.float64) + torch.arange(-500, 501)[:, None] * W[0, :, 0]
+    value = model.log_joint(along)[:, 0]
+    torch.testing.assert_close(value, value[500].expand(1001), rtol=0, atol=1e-8)
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    two = fit_local_linear(x, 2, 1, hard=False, equal_weights=True, sigma=0.5, max_steps=1).model
+    # The bound that a round maximises: minus squared residuals, weighted with the shares, touching at the old planes.
+    share, squared = two.log_joint(x).softmax(1), two.squared_distances(x)
+    new = LocalLinearGAE(*local_linear._principal(x, share, 1), sigma=0.5)
+
+    def bound(model):
+        return (share * (model.log_joint(x) - share.log())).sum(1)
+
+    torch.testing.assert_close(bound(two), two.log_joint(x).logsumexp(1), rtol=0, atol=1e-10)
+    assert (bound(new) <= new.log_joint(x).logsumexp(1) + 1e-12).all() and bound(new).sum() > bound(two).sum()
+    assert (share * new.squared_distances(x)).sum() < (share * squared).sum()
+
+
+def test_equally_near_components_need_a_rule_for_the_alternation_to_end():
+    """Two lines cross in a datum: given to the other each time, it changes no subspace, and there is no end."""
+    line = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64)
+    x = torch.cat([torch.stack([line, 0 * line], 1), torch.stack([0 * line, line], 1), torch.zeros(1, 2)])
+    seen = []
+    for last in (0, 1, 0, 1):
+        assigned = torch.tensor([0] * 4 + [1] * 4 + [last])
+        weights = torch.nn.functional.one_hot(assigned, 2).double()
+        model = LocalLinearGAE(*local_linear._principal(x, weights, 1))
+        squared = model.squared_distances(x)
+        assert float(squared.amin(1).sum()) == pytest.approx(0, abs=1e-24) and torch.equal(
+            squared[-1, 0], squared[-1, 1]
+        )
+        seen.append((model.W @ model.W.mT, model.mu))
+    for subspace, mean in seen[1:]:
+        torch.testing.assert_close(subspace, seen[0][0])
+        torch.testing.assert_close(mean, seen[0][1])
+    start = LocalLinearGAE(torch.zeros(2, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)[:, :, None])
+    fit = fit_local_linear(x, 2, 1, start=start)
+    assert fit.steps == 1 and fit.model.encode(x).component[-1] == 0  # the first of the two, and the end
 
 
 def test_soft_planes_lead_to_a_good_fit_of_a_swiss_roll():
@@ -625,8 +842,24 @@ def test_the_subspace_of_a_datum_is_a_sum_over_components():
     assert (parts - basis).abs().amax((2, 3)).min() > 1e-3
 
 
+@pytest.mark.checks("eq-gae-cost", how="exact")
 def test_the_cost_of_a_round_grows_with_the_dimensions_and_the_steps():
     """The source's O(NKE) has neither: multiplications of the closed form, and calls of the decoder by ascent."""
+
+    def of_axes(n, k, d):
+        x, weights = torch.randn(n, d), torch.rand(n, k)
+        with FlopCounterMode(display=False) as counter:
+            local_linear._principal(x, weights, 1)
+        return counter.get_total_flops()  # without the eigenvectors, of which K matrices (D, D) are to be found
+
+    n, k, d = 200, 4, 64
+    assert of_axes(n, k, d) == 2 * n * k * d**2 + 2 * n * k * d  # the covariances, and the means
+    given = []
+    eigh = torch.linalg.eigh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", lambda matrix: (given.append(tuple(matrix.shape)), eigh(matrix))[1])
+        of_axes(n, k, d)
+    assert given == k * [(d, d)]
 
     def flops(n, k, d, q):
         x, mu = torch.randn(n, d), torch.randn(k, d)
@@ -779,6 +1012,26 @@ def test_data_that_are_not_finite_are_refused():
         fit_local_linear(torch.randn(10, 4), 2, 0, start=torch.zeros(3, 4))
 
 
+def test_an_empty_component_is_put_on_the_worst_datum_at_once():
+    """After one step, before the alternation can make good a worse choice; and on no datum that is another's last."""
+    start = torch.tensor([[100.1], [500.0]], dtype=torch.float64)
+    x = 100 + torch.tensor([[0.0], [0.1], [0.2], [10.0]], dtype=torch.float64)
+    fit = fit_local_linear(x, 2, 0, start=start, max_steps=1)
+    assert fit.reseeded == 1
+    torch.testing.assert_close(fit.model.mu[:, 0], torch.tensor([100.1, 110.0], dtype=torch.float64))
+    # The worst datum, 150, is all that the second component has: the third takes the worst of the first's.
+    start = torch.tensor([[100.1], [145.0], [500.0]], dtype=torch.float64)
+    x = 100 + torch.tensor([[0.0], [0.1], [0.3], [50.0]], dtype=torch.float64)
+    fit = fit_local_linear(x, 3, 0, start=start, max_steps=1)
+    assert fit.reseeded == 1
+    torch.testing.assert_close(fit.model.mu[:, 0], torch.tensor([100.05, 150.0, 100.3], dtype=torch.float64))
+    # Two empty components do not land on one datum.
+    start = torch.tensor([[100.1], [500.0], [600.0]], dtype=torch.float64)
+    fit = fit_local_linear(x, 3, 0, start=start, max_steps=1)
+    assert fit.reseeded == 2 and len(fit.model.mu.unique()) == 3
+    torch.testing.assert_close(fit.model.mu[:, 0], torch.tensor([100.05, 150.0, 100.3], dtype=torch.float64))
+
+
 def test_an_empty_component_goes_to_the_worst_datum():
     x = 100 + torch.tensor([[0.0], [0.1], [0.2], [10.0]], dtype=torch.float64)
     start = torch.tensor([[100.1], [500.0]], dtype=torch.float64)  # a mean over no points would be 0, far from all
@@ -807,6 +1060,64 @@ def test_ppca_is_the_maximum_of_its_likelihood(digits):
         factor_log_likelihood(x, mu, W, 0 * mu)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_or_not_floating_are_named(bad):
+    x, whole = torch.rand(6, 3), torch.ones(6, 3, dtype=torch.int64)
+    spoilt = x.clone()
+    spoilt[1, 2] = bad
+    z, W, mu, psi = torch.rand(6, 2), torch.rand(2, 3), torch.zeros(3), torch.ones(3)
+    for call in (
+        lambda x: ppca(x, 2),
+        lambda x: plus_plus(x, 2),
+        lambda x: nmf_step(x, z, W),
+        lambda x: factor_log_likelihood(x, mu, W.T, psi),
+    ):
+        with pytest.raises(ValueError, match="x must be finite, got 1 entries that are not"):
+            call(spoilt)
+        with pytest.raises(ValueError, match=r"x must be floating point, got torch\.int64"):
+            call(whole)
+        call(x)
+    with pytest.raises(ValueError, match="z must be finite"):
+        nmf_step(x, z * bad, W)
+    with pytest.raises(ValueError, match="W must be finite"):
+        nmf_step(x, z, W * bad)
+    with pytest.raises(ValueError, match="mu must be finite"):
+        factor_log_likelihood(x, mu + bad, W.T, psi)
+    with pytest.raises(ValueError, match="x must have rows"):
+        ppca(x[:0], 2)
+    for components in (0, 7):
+        with pytest.raises(ValueError, match=f"components must be 1 to n, got components={components} for n=6"):
+            plus_plus(x, components)
+
+
+def test_the_steps_of_the_articles_code_end_at_a_ridge_regression():
+    """Its term -z is the gradient of normal codes; the text has the flat prior, whose code is longer."""
+    W, mu, x = random_linear(8)
+    z = torch.zeros(5, 3, dtype=W.dtype)
+    for _ in range(20_000):
+        z = z + 0.01 * ((x - mu - z @ W.T) @ W - z)
+    ridge, flat = (
+        torch.linalg.solve(W.T @ W + extra * torch.eye(3, dtype=W.dtype), W.T @ (x - mu).T).T for extra in (1, 0)
+    )
+    torch.testing.assert_close(z, ridge, **TOL)
+    normal = GAE(linear(W, mu), 3, steps=2000, step_size=0.05, sigma=1.0)
+    torch.testing.assert_close(normal.encode(x).detach(), ridge, **TOL)
+    assert (flat.norm(dim=1) > 1.02 * ridge.norm(dim=1)).all()
+
+
+def test_a_code_determines_the_plane_of_a_curved_decoder():
+    """The source says that z cannot, in principle: on a circle the tangent at z does, and finds the code."""
+    circle = lambda z: torch.stack([z.cos(), z.sin()], -1)  # noqa: E731
+    x, z = 1.3 * circle(torch.tensor(0.9, dtype=torch.float64)), torch.tensor(0.2, dtype=torch.float64)
+    tangents = []
+    for _ in range(60):
+        W = torch.func.jacrev(circle)(z)
+        tangents.append(W)
+        z = z + 0.5 * (W @ (x - circle(z))) / (W @ W)
+    assert float(z) == pytest.approx(0.9, abs=1e-8)
+    assert (tangents[0] - tangents[-1]).norm() > 0.5
+
+
 def test_bad_parts_of_local_models_are_named():
     mu = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="mu must be"):
@@ -821,6 +1132,9 @@ def test_bad_parts_of_local_models_are_named():
         nmf_step(torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 3))
     with pytest.raises(ValueError, match="beta must be positive"):
         soft_minimum(torch.ones(3), 0.0)
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="values must be finite, got 1 that are not"):
+            soft_minimum(torch.tensor([1.0, bad]), 1.0)
     with pytest.raises(ValueError, match="at least 1"):
         KernelMixture(0, 2, 3)
     with pytest.raises(ValueError, match="x must have shape"):

@@ -5,6 +5,7 @@ Derived in the chapter *One framework*. Likelihoods are in nats.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -37,7 +38,7 @@ class GAE(Autoencoder):
     The loss is :math:`-l(z_0, t)`, whatever :math:`z_t` is: for a finite set of codes it bounds -log q(x) from above.
     For a continuous code the maximum of a density bounds nothing; :meth:`laplace_nll` adds the volume that it lacks.
 
-    The ascent is monotone for steps below 2/L, with L the largest curvature of -log q(z) q(x|z); for a linear decoder W
+    The ascent never falls for steps below 2/L, with L the largest curvature of -log q(z) q(x|z); for a linear decoder W
     it converges if and only if eta (lambda_max(W'W) / sigma² + 1) < 2, without the 1 for the flat prior.
 
     Args:
@@ -45,7 +46,8 @@ class GAE(Autoencoder):
         dim: dimension of the code.
         steps: t, at least 1.
         step_size: eta. In units of the gradient above: the squared error weighs 1 / (2 sigma²).
-        n_starts: 1 starts at the origin; more add starts drawn from N(0, I).
+        n_starts: 1 starts at the origin; more add starts drawn from N(0, I): for the loss anew for each row, for
+            :meth:`encode` always the same, for all rows.
         sigma: standard deviation of q(x | z).
         prior: "normal" for N(0, I), or "flat", which adds nothing, is no distribution on R^d, and leaves the codes'
             scale to the decoder.
@@ -97,26 +99,33 @@ class GAE(Autoencoder):
         """Logarithms of q(z), shape (batch,); zeros for the flat prior."""
         return standard_normal_log_prob(z) if self.prior == "normal" else z.new_zeros(len(z))
 
-    def infer(self, x: Tensor, *, steps: int | None = None, generator: Generator | None = None) -> Tensor:
+    def infer(
+        self, x: Tensor, *, steps: int | None = None, alike: bool = False, generator: Generator | None = None
+    ) -> Tensor:
         """Codes after the ascent from every start.
 
         Args:
             x: data, (batch, ...).
             steps: instead of the model's own; 0 gives the starts.
+            alike: all rows have the same starts; otherwise each has its own.
             generator: source of the starts after the first.
 
         Returns:
             Codes, (n_starts, batch, dim).
 
         Raises:
+            ValueError: if ``steps`` is negative.
             FloatingPointError: if the ascent diverges.
         """
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps must be at least 0, got {steps}")
         parameter = next(self.decoder.parameters())
         z = parameter.new_zeros(self.n_starts, len(x), self.dim)
         if self.n_starts > 1:
             device = z.device if generator is None else generator.device
-            noise = torch.randn(z[1:].shape, generator=generator, device=device, dtype=z.dtype)
-            z = torch.cat([z[:1], noise.to(z.device)])
+            shape = (self.n_starts - 1, 1 if alike else len(x), self.dim)
+            noise = torch.randn(shape, generator=generator, device=device, dtype=z.dtype)
+            z = torch.cat([z[:1], noise.to(z.device).expand_as(z[1:])])
         rows = x.repeat(self.n_starts, *[1] * (x.ndim - 1))
         z = z.flatten(0, 1)
         through = self.second_order and torch.is_grad_enabled()
@@ -133,21 +142,21 @@ class GAE(Autoencoder):
             )
         return (z if through else z.detach()).unflatten(0, (self.n_starts, len(x)))
 
-    def _values(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _values(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of all starts, and log q(x | z) and log q(z) at them, each (n_starts, batch)."""
-        z = self.infer(x, generator=generator)
+        z = self.infer(x, **options)
         pairs = [(self.log_likelihood(x, start), self.log_prior(start)) for start in z]
         likelihood, prior = (torch.stack(values) for values in zip(*pairs, strict=True))
         return z, likelihood, prior
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes (batch, dim) of x: the best that its starts have reached, always from the same starts."""
-        z, likelihood, prior = self._values(x, torch.Generator().manual_seed(0))
+        """Codes (batch, dim) of x: the best of what its starts reach, which are the same for every row."""
+        z, likelihood, prior = self._values(x, alike=True, generator=torch.Generator().manual_seed(0))
         return z[(likelihood + prior).argmax(0), torch.arange(len(x), device=z.device)]
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> GAELoss:
         """Loss on a batch, its starts from ``generator``; ``y`` is not used."""
-        _, likelihood, prior = self._values(x, generator)
+        _, likelihood, prior = self._values(x, generator=generator)
         value = likelihood + prior
         best = value.argmax(0, keepdim=True)
         total = value.gather(0, best)[0] if self.combine == "max" else value.logsumexp(0) - math.log(self.n_starts)
@@ -248,9 +257,11 @@ def soft_minimum(values: Tensor, beta: float, *, mean: bool = False) -> Tensor:
         mean: take the mean of the exponentials.
 
     Raises:
-        ValueError: if ``beta`` is not positive or there is no value.
+        ValueError: if ``beta`` is not positive, there is no value, or one is not finite.
     """
     if not 0 < beta < math.inf or values.ndim != 1 or not len(values):
         raise ValueError(f"beta must be positive and values of shape (n >= 1,), got {beta}, {tuple(values.shape)}")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"values must be finite, got {int((~torch.isfinite(values)).sum())} that are not")
     total = (-beta * values).logsumexp(0)
     return -(total - math.log(len(values)) if mean else total) / beta

@@ -35,7 +35,9 @@ class LocalLinearGAE(nn.Module):
     - q = 0, hard: k-means by Lloyd's algorithm; soft: a mixture of spherical Gaussians with fixed sigma;
     - K = 1: PCA;
     - hard, both larger: K subspaces, a mixture of PCA;
-    - soft: its expectation maximisation, with the code z at its maximum.
+    - soft: shares of the components in place of one, with the code z at its maximum. Each step raises the objective
+      (minorise-maximise). For q = 0 it is expectation maximisation; for q > 0 it is not, for the likelihood at the best
+      z is constant along a subspace and no density of x.
 
     Args:
         mu: centres, (K, D).
@@ -125,7 +127,8 @@ def fit_local_linear(
 
     A step gives every x its component (hard) or its responsibilities (soft), and then every component the mean and the
     leading principal axes of its points: the best for these assignments, so that the objective never falls. What is
-    reached is a local maximum that depends on the start.
+    reached is a local maximum that depends on the start. A step costs O(n K q D) for the assignment and, for q > 0,
+    O(K (n D² + D³)) for the axes (``eq-gae-cost``).
 
     A component that lost all its points (hard) is put on the point with the largest error, where it again has one.
 
@@ -203,8 +206,23 @@ def _principal(x: Tensor, weights: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return mu, W
 
 
+def _check_data(x: Tensor, name: str = "x") -> None:
+    """Raise a ValueError unless ``x`` holds finite floating-point numbers."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} entries that are not")
+
+
 def plus_plus(x: Tensor, components: int, *, generator: Generator | None = None) -> Tensor:
-    """Centres (K, D) among the points x (n, D), each next one drawn by its squared distance (Arthur, Vassilvitskii)."""
+    """Centres (K, D) among the points x (n, D), each next one drawn by its squared distance (Arthur, Vassilvitskii).
+
+    Raises:
+        ValueError: if there are fewer points than centres, or points that are not finite.
+    """
+    _check_data(x)
+    if not 1 <= components <= len(x):
+        raise ValueError(f"components must be 1 to n, got components={components} for n={len(x)}")
     chosen = [int(torch.randint(len(x), (), generator=generator))]
     distance = (x - x[chosen[0]]).square().sum(1)
     while len(chosen) < components:
@@ -229,10 +247,16 @@ def nmf_step(x: Tensor, z: Tensor, W: Tensor) -> Tensor:
 
     Returns:
         Codes, (n, q), whose squared error is not larger.
+
+    Raises:
+        ValueError: for shapes that do not fit, codes or a basis that are negative, or numbers that are not finite or
+            not floating point.
     """
     if x.shape != (len(z), W.shape[1]) or z.shape[1] != len(W):
         shapes = [tuple(v.shape) for v in (x, z, W)]
         raise ValueError(f"x, z, W must be (n, D), (n, q), (q, D), got {shapes}")
+    for name, value in (("x", x), ("z", z), ("W", W)):
+        _check_data(value, name)
     if (z < 0).any() or (W < 0).any():
         raise ValueError("z and W must not be negative")
     z, gram, target = z.clone(), W @ W.T, x @ W.T
@@ -254,11 +278,13 @@ def factor_log_likelihood(x: Tensor, mu: Tensor, W: Tensor, psi: Tensor) -> Tens
         psi: variances of the noise, (D,), positive.
 
     Raises:
-        ValueError: if a variance is not positive or shapes do not fit.
+        ValueError: if a variance is not positive, shapes do not fit, or numbers are not finite or not floating point.
     """
     if W.ndim != 2 or x.ndim != 2 or not x.shape[1] == len(mu) == len(W) == len(psi):
         shapes = [tuple(v.shape) for v in (x, mu, W, psi)]
         raise ValueError(f"x, mu, W, psi must be (n, D), (D,), (D, q), (D,), got {shapes}")
+    for name, value in (("x", x), ("mu", mu), ("W", W), ("psi", psi)):
+        _check_data(value, name)
     if not (psi > 0).all():
         raise ValueError("psi must be positive: without noise the model has no density")
     cov = W @ W.T + psi.diag()
@@ -277,10 +303,14 @@ def ppca(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         covariance (that divides by n).
 
     Raises:
-        ValueError: if ``dim`` is out of range or the discarded eigenvalues are 0.
+        ValueError: if ``dim`` is out of range, the discarded eigenvalues are 0, or the data are none, not finite or
+            not floating point.
     """
+    _check_data(x)
     if x.ndim != 2 or not 1 <= dim < x.shape[1]:
         raise ValueError(f"dim must be 1 to D - 1, got {dim} for x of shape {tuple(x.shape)}")
+    if not len(x):
+        raise ValueError(f"x must have rows, got shape {tuple(x.shape)}")
     mu = x.mean(0)
     values, vectors = torch.linalg.eigh((x - mu).T @ (x - mu) / len(x))
     noise = values[:-dim].mean()
