@@ -15,15 +15,25 @@ OUT ?= _build/gpu
 FROM ?= $(OUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test notebooks serve bench gpu records clean
+.PHONY: help interpreter book test notebooks serve bench gpu records clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
-$(READY): requirements.txt pyproject.toml
+# A .venv of another Python than the one that was asked for would be used without a word.
+interpreter:
+ifneq ($(origin PYTHON),file)
+	@asked=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') || exit 1; \
+	  if test -x $(BIN)/python; then \
+	    there=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	    test "$$asked" = "$$there" || { echo "$(VENV) has Python $$there, PYTHON=$(PYTHON) is $$asked: rm -rf $(VENV) makes room for it"; exit 1; }; \
+	  fi
+endif
+
+$(READY): requirements.txt pyproject.toml | interpreter
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python 3.11, 3.12 or 3.13 is needed, and %s is %d.%d: make PYTHON=python3.12 book" % (sys.executable, *v))'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would be taken for whole
 	@echo "Installing requirements.txt into $(VENV); the first time takes minutes (torch is large)."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .

@@ -1,5 +1,7 @@
 """The command line: what it does, and what it says to those who get it wrong."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +138,26 @@ def test_failures_return_1_and_say_what_to_do(tmp_path, capsys):
         assert main(arguments) == 1, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and said in error, (arguments, error)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+@pytest.mark.parametrize(("asked", "there", "right"), [("3.13", "3.11", False), ("3.11", "3.11", True)])
+def test_make_does_not_take_another_python_than_the_one_asked_for(asked, there, right, tmp_path):
+    root = Path(__file__).parents[1]
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path)
+    for path, version in ((tmp_path / "python", asked), (tmp_path / ".venv" / "bin" / "python", there)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho {version}\n")
+        path.chmod(0o755)
+    book = tmp_path / ".venv" / "bin" / "jupyter-book"
+    shutil.copy(tmp_path / "python", book)
+    (tmp_path / ".venv" / ".ready").touch()
+    # `make test` hands its own arguments on.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in ("MFLAGS", "PYTHON")}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["make", f"PYTHON={tmp_path / 'python'}", "book"], **options)
+    assert (done.returncode == 0) == right
+    assert right or (f".venv has Python {there}" in done.stdout and "rm -rf .venv" in done.stdout)
+    plain = subprocess.run(["make", "book"], **options)
+    assert plain.returncode == 0, "without a word of which Python, the one that is there will do"

@@ -153,6 +153,48 @@ def test_making_writes_the_address_runs_and_stamps(tmp_path):
     assert notebook["metadata"]["gae"]["size"] == "short"
 
 
+IMAGES = """
+# %%
+import os
+from gae_core import data
+images = data.Images(os.environ["IMAGES"], None, None, None, None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "written"),
+    [
+        ("mnist", "digits", False),
+        ("mnist", "mnist", True),
+        ("digits", "mnist", True),
+        ("digits", "digits", True),
+        ("mnist", "fashion_mnist", True),
+    ],
+)
+def test_digits_do_not_take_the_place_of_other_data(before, now, written, tmp_path, monkeypatch):
+    path = tmp_path / "t.py"
+    path.write_text(HEADER + SETUP.format(repository="") + IMAGES)
+    monkeypatch.setenv("IMAGES", before)
+    assert make_notebooks.make(path, "short", "") == []
+    content = path.with_suffix(".ipynb").read_bytes()
+    assert nbformat.reads(content.decode(), as_version=4)["metadata"]["gae"]["data"] == before
+    monkeypatch.setenv("IMAGES", now)
+    wrong = make_notebooks.make(path, "short", "")
+    if written:
+        assert wrong == []
+        assert nbformat.read(path.with_suffix(".ipynb"), as_version=4)["metadata"]["gae"]["data"] == now
+    else:
+        assert len(wrong) == 1 and "GAE_DATA" in wrong[0] and "python -m gae_core data mnist" in wrong[0]
+        assert path.with_suffix(".ipynb").read_bytes() == content
+
+
+def test_a_size_that_is_mistyped_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("GAE_SIZE", "Short")
+    monkeypatch.setattr(make_notebooks, "make", lambda *a: pytest.fail("it ran"))
+    assert make_notebooks.main(["eae"]) == 1
+    assert "GAE_SIZE must be short or full" in capsys.readouterr().out
+
+
 def test_a_notebook_with_an_error_is_not_written(tmp_path):
     path = tmp_path / "t.py"
     path.write_text(HEADER + SETUP.format(repository="") + "\n# %%\n1 / 0\n")

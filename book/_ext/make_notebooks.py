@@ -4,7 +4,8 @@
     python book/_ext/make_notebooks.py eae      one of them
 
 The size is ``GAE_SIZE`` (default short). A notebook is written only when it ran without an error and
-``problems`` finds nothing wrong with it; the test of the notebooks asks the same function.
+``problems`` finds nothing wrong with it; the test of the notebooks asks the same function. One that was made with other
+data than the digits is not written over by one with the digits, which are what there is where MNIST is not.
 """
 
 import ast
@@ -20,6 +21,8 @@ import jupytext
 import nbclient
 import nbformat
 import yaml
+
+from gae_core import data
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -184,6 +187,21 @@ def execute(notebook, size: str):
     notebook["metadata"]["gae"] = {**ran_with, "size": size, "seconds": round(seconds, 1)}
 
 
+def fallback_problems(there: Path, notebook) -> list[str]:
+    """Say what is wrong if a notebook fell back to the digits, and the one that is there ran on other data."""
+    if not there.exists():
+        return []
+    before = nbformat.read(there, as_version=4)["metadata"].get("gae", {}).get("data")
+    now = notebook["metadata"]["gae"]["data"]
+    if now != "digits" or before in (None, "digits"):
+        return []
+    return [
+        f"it ran on the digits, and {there.name} on {before}: it is left as it is, its captions speak of {before}. "
+        f"Name the folder that has {before} with GAE_DATA, or fetch it: python -m gae_core data {before} "
+        f"(for the digits after all, remove {there.name} first)"
+    ]
+
+
 def make(path: Path, size: str, repository: str) -> list[str]:
     """Make the executed notebook of one ``.py``; return its problems, and write it when there are none."""
     source = path.read_text(encoding="utf-8")
@@ -197,6 +215,7 @@ def make(path: Path, size: str, repository: str) -> list[str]:
     except nbclient.exceptions.CellExecutionError as error:
         return [f"a cell raised an error\n{error}"]
     wrong = problems(notebook, jupytext.reads(addressed, fmt="py:percent"), repository)
+    wrong += fallback_problems(path.with_suffix(".ipynb"), notebook)
     written = nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
     if len(written.encode()) > MAX_BYTES:
         wrong.append(f"it is {len(written.encode()):,} bytes, at most {MAX_BYTES:,}: smaller figures")
@@ -212,7 +231,11 @@ def main(names: list[str]) -> int:
     if not paths:
         print("There is no notebook in notebooks/.")
         return 1
-    size = os.environ.get("GAE_SIZE", "short")
+    try:
+        size = data.size_from_environment("short")
+    except ValueError as error:
+        print(error)
+        return 1
     failed = 0
     for path in paths:
         if not path.exists():
