@@ -14,8 +14,8 @@
 # # Experiment: denoising
 #
 # Corrupt and restore, again and again: with the right denoiser that samples the data. We see the theorem on a small space
-# where everything can be computed, the score in a denoiser's correction, chains of digits with and without walkback, and
-# a popular measure of samples that prefers averages to data.
+# where everything can be computed, what walkback makes of it there, the score in a denoiser's correction, chains of digits
+# with and without walkback, and a popular measure of samples that prefers averages to data.
 # The derivations are in the chapter *Denoising*.
 
 # %% tags=["hide-input"]
@@ -100,7 +100,75 @@ print("one tenth wrong:   ", long_run(C @ wrong).round(4))
 print("total variation:   ", (0.5 * np.abs(long_run(C @ wrong) - p).sum()).round(4))
 
 # %% [markdown]
-# ## Step 2: the score in the correction
+# ## Step 2: walkback where it can be computed
+#
+# A corruption that leaves most states as they are makes a slow chain. Walkback walks five steps from each clean state and
+# asks for that state at each of them. The best answer to the walk of the true chain is, in one step, the mean of one to
+# five of its steps. But the walk is that of the denoiser in training: answer it, walk with the answer, answer again.
+# Predict: where does the slowest eigenvalue go?
+
+# %% tags=["nbval-check-output"]
+slow_C = 0.98 * np.eye(5) + 0.02 * C
+
+
+def reverse(corruption):
+    """Bayes' rule: rows are the distributions of the clean state."""
+    joint = p[:, None] * corruption
+    return (joint / joint.sum(0)).T
+
+
+def answer(P, k):
+    """The best denoiser for walks of k rounds with P."""
+    walk, mixed = np.eye(5), np.zeros((5, 5))
+    for _ in range(k):
+        mixed = mixed + walk @ slow_C / k
+        walk = walk @ slow_C @ P
+    return reverse(mixed)
+
+
+def slowest(P):
+    return np.sort(np.linalg.eigvals(slow_C @ P).real)[-2]
+
+
+def optimum(tau, k):
+    """The solution s < 1 of s = tau (1 + s + ... + s^(k-1)) / k, from tau downwards."""
+    s = tau
+    for _ in range(20_000):
+        s = tau * sum(s**j for j in range(k)) / k
+    return s
+
+
+true_P = reverse(slow_C)
+print(f"without walkback:         {slowest(true_P):.4f}")
+print(f"a walk of the true chain: {slowest(answer(true_P, 5)):.4f}")
+own = true_P
+for _ in range(200):
+    own = answer(own, 5)
+print(f"walks of its own:         {slowest(own):.4f}")
+print(f"the equation's solution:  {optimum(slowest(true_P), 5):.4f}")
+print("the data are kept:       ", np.allclose(p @ slow_C @ own, p))
+
+# %% mystnb={"figure": {"name": "fig-denoising-walkback", "caption": "Eigenvalue of the chain with k steps of walkback against that of the chain without (lines), and the mean of the powers (dashed); right, the share that is left of what a corrupted state says of the clean one."}, "image": {"alt": "Two panels with five curves. Left, lines for one to five steps: the diagonal, two curves that reach 1 at the right end, two that end at 0.41 and 0.28; dashed curves all reach 1. Right, the quotients: for k steps they start at 1/k and end at the same values."}}
+tau = 1 - np.linspace(1, 1e-3, 400) ** 3
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+for k in range(1, 6):
+    s, color = optimum(tau, k), f"C{k - 1}"
+    label = "without" if k == 1 else f"{k} steps"
+    axes[0].plot(tau, s, color=color, label=label)
+    if k > 1:
+        powers = sum(tau**j for j in range(1, k + 1)) / k
+        axes[0].plot(tau, powers, "--", color=color, lw=1)
+    axes[1].plot(tau[1:], s[1:] / tau[1:], color=color, label=label)
+axes[0].set(xlabel=r"$\tau$, without walkback", ylabel="$s$, with walkback")
+axes[1].set(xlabel=r"$\tau$, without walkback", ylabel=r"$s/\tau$", ylim=(0, 1.05))
+legend = axes[0].legend(fontsize=8)
+
+# %% [markdown]
+# A chain of five steps of walkback forgets at once, however slow the other is. But look at the right: for that, its $P$
+# says little of the state that was corrupted, and much of all the others. A network that gives each pixel a probability
+# of its own cannot say "one of these images". It gives their mean. Keep that in mind for step 4.
+#
+# ## Step 3: the score in the correction
 #
 # A small network learns to denoise draws from two Gaussians, at three noise levels. Tweedie's identity says that its
 # correction, divided by $\sigma^2$, is the score of the smoothed density, whatever the level.
@@ -174,7 +242,7 @@ for sigma in levels:
     assert smoothed < 0.04 / sigma**2 and (smoothed < bare or sigma < 0.5)
 
 # %% [markdown]
-# ## Step 3: chains of images
+# ## Step 4: chains of images
 #
 # The same network twice, on binary images with 40 % of the pixels replaced by coin tosses. With walkback the training
 # follows the chain for four steps and asks for the clean image at each.
@@ -219,7 +287,25 @@ for name, (means_, _) in chains.items():
 figure = plots.image_panels(shown, columns=16, per_row=1, size=4)
 
 # %% [markdown]
-# ## Step 4: how good, and how different?
+# How much of an image does one restoration keep? The mean image of all digits is what a network says that knows nothing:
+# what counts is the share of the distance from it. Predict: with which training is it smaller?
+
+# %%
+with torch.no_grad():
+    mean = binary.cpu().mean(0)
+    away, kept = held_out - mean, {}
+    for name, model in models.items():
+        model.to("cpu")
+        restored = model(model.corruption(held_out, generator=seeded(2)))
+        kept[name] = float(((restored - mean) * away).sum() / away.square().sum())
+        grey = float(((restored > 0.1) & (restored < 0.9)).float().mean())
+        print(
+            f"{name:<18} {kept[name]:.2f} of the distance kept, {grey:.0%} of the pixels grey"
+        )
+assert kept["with walkback"] < kept["without walkback"]  # drifted to the mean
+
+# %% [markdown]
+# ## Step 5: how good, and how different?
 #
 # Two figures for two virtues. The Fréchet distance of the chains' images to real ones, in the features of the book's
 # classifier: small is good. And how fast a chain forgets where it was: the share of chains whose label has changed, and
@@ -253,11 +339,11 @@ for name, x in runs.items():
 assert all(
     0.05 < moved < 0.95 for _, moved in found.values()
 )  # neither stuck nor independent
-# At its optimum, four steps of walkback make a step do the work of one to four, 2.5 in the mean.
+# By the equation of step 2 the optimum of four steps has more than 400.
 assert worth["with walkback"] > 1.3 * worth["without walkback"]
 
 # %% [markdown]
-# ## Step 5: a measure that prefers averages
+# ## Step 6: a measure that prefers averages
 #
 # A Parzen estimate puts a Gaussian on each of $n$ samples and reports the likelihood of test images. Predict the order:
 # real images, images of the chains, and the centres of k-means, which are averages of images.
@@ -293,7 +379,7 @@ ax.margins(x=0.15)
 text = ax.set_xlabel("nats")
 
 # %% [markdown]
-# ## Step 6: contraction
+# ## Step 7: contraction
 #
 # A contractive autoencoder walks along the directions in which its code is sensitive. Two weights of the penalty: what
 # happens to the Jacobian, and to the reconstruction?
@@ -329,7 +415,8 @@ assert walked.shape == (5, 8, *images.shape)
 #
 # - Alternating a corruption and its reverse samples the data, exactly; a wrong reverse is paid for, more the slower the chain.
 # - A denoiser's correction is the score of the *smoothed* density, at any noise level.
-# - Walkback trains where the chain goes. Compare the chains, their distance and how fast they forget.
+# - Walkback trains where the chain goes. Its optimum forgets at once, and is out of reach for a product over pixels:
+#   compare the chains, their distance, their blur and how fast they forget.
 # - A Parzen estimate likes averages better than data. Do not choose a model by it.
 #
 # Try: `salt_and_pepper(0.2)`. Do the chains still change their label?
