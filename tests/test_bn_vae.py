@@ -654,6 +654,89 @@ def test_the_gain_is_what_other_codes_cost():
     assert study.gain(m, images(200)) == pytest.approx(0, abs=1e-12)
 
 
+def test_the_gain_of_a_known_decoder_is_the_distance_to_the_codes_of_other_images():
+    """Half of the images have the code 0, half have 3, without noise: a code of another image costs 9, or nothing."""
+
+    class Known(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def posterior(self, x):
+            return 3 * x[:, 0, 0, :1], torch.full((len(x), 1), -80.0)
+
+        def log_likelihood(self, x, z):
+            return -(z - self.posterior(x)[0]).square().sum(1)
+
+    x = torch.arange(2.0).repeat(1500)[:, None, None, None].expand(-1, 1, 5, 6)
+    found = [study.gain(Known(), x, seed=seed) for seed in range(8)]
+    assert_z(found, 9 * 0.5)
+    assert study.gain(Known(), x[::2]) == pytest.approx(0, abs=1e-12)
+
+
+def test_what_a_study_measures_of_a_known_model():
+    """A model without a code: its likelihood is exact, of the first images alone, and all else is 0."""
+    m = model(FixedScaleLayerNorm(3, 0.7)).eval()
+    for network in (m.encoder, m.decoder):
+        for parameter in network.parameters():
+            nn.init.zeros_(parameter)
+    nn.init.constant_(list(m.decoder.pixel.parameters())[-1], -1.2)
+    x = torch.zeros(40, 1, 5, 6)
+    x[:10, :, 0] = 1  # six white pixels, of the first ten
+    x[10:, :, :4] = 1
+
+    def nll(white):
+        return white * math.log1p(math.exp(1.2)) + (30 - white) * math.log1p(math.exp(-1.2))
+
+    for images, expected in ((10, nll(6)), (40, (nll(6) + 3 * nll(24)) / 4)):
+        found = study.measure(m, x, images=images, samples=8, seed=0)
+        assert found["NLL"] == pytest.approx(expected) and found["NLL, fall on doubling"] == pytest.approx(0, abs=1e-9)
+    assert found["KL"] == found["active units"] == 0 and found["cap of the information"] == math.log(40)
+    for name in ("mutual information", "KL of the aggregate", "gain from z"):
+        assert found[name] == pytest.approx(0, abs=1e-9)
+    assert found["floor of the KL"] == pytest.approx(3 * 0.49 / 2)
+
+
+@pytest.mark.parametrize("name", study.VARIANTS)
+def test_every_variant_gets_the_training_that_the_settings_say_and_is_measured_on_test_images(name, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    x_train, x_test = (images(n, seed=s).float()[..., :4, :4].contiguous() for n, s in ((300, 0), (600, 1)))
+    monkeypatch.setattr(study, "_load", lambda name: (x_train, x_test))
+    for table, value in ((study.EPOCHS, 4), (study.ROWS, 256), (study.TEST, (50, 8))):
+        monkeypatch.setitem(table, "short", value)
+    trained, measured, fit = [], [], train.fit
+
+    def watched(model, x, **how):
+        trained.append((model, x, how))
+        return fit(model, x, **how)
+
+    def measure(model, x, **how):
+        measured.append((model, x, how))
+        return {}
+
+    monkeypatch.setattr(study.train, "fit", watched)
+    monkeypatch.setattr(study, "measure", measure)
+    found = study.STUDIES[f"bn_vae_{name}"]
+    outcome, said = found.run("any", "short", 0, torch.device("cpu")), found.settings("any", "short")
+    ((model_, x, how),) = trained
+    assert torch.equal(x, x_train[:256])
+    assert (how["epochs"], how["batch_size"], how["lr"]) == (4, 128, study.LR)
+    assert (how["epochs"], how["batch_size"], how["lr"]) == tuple(said[key] for key in ("epochs", "batch_size", "lr"))
+    assert outcome.samples == 4 * 256 and len(outcome.curves["KL in training"]) == 4 * 2
+    ((same, x, how),) = measured
+    assert same is model_ and torch.equal(x, x_test[:500]) and (how["images"], how["samples"]) == (50, 8)
+    assert (
+        type(model_.norm).__name__
+        == {
+            "none": "NoneType",
+            "laye": "FixedScaleLayerNorm",
+            "gamm": "FixedScaleBatchNorm",
+            "tau0": "CoupledBatchNorm",
+        }[name[:4]]
+    )
+    assert model_.beta == (2 if name.endswith("beta2") else 1)
+
+
 def test_binary_images_are_halved_and_drawn_once():
     from gae_core.data import Images
 
