@@ -11,7 +11,7 @@ import mpmath as mp
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z
+from helpers import assert_z, less
 from hypothesis import given
 from torch import nn
 
@@ -406,8 +406,8 @@ def test_recorded_runs_of_the_coupled_norm_cost_less_in_evaluation_than_on_batch
         return metrics["KL on batches"]["mean"] - metrics["KL"]["mean"]
 
     for data in ("learnable", "he2019"):
-        assert all(0.165 < difference(f"coupled_{tau}", data) < 0.315 for tau in (0.2, 0.5, 0.8))
-        assert all(abs(difference(f"bn_{gamma}", data)) < 0.14 for gamma in (0.3, 0.5, 0.7, 1.0, 1.2))
+        assert all(0.1 < difference(f"coupled_{tau}", data) < 0.35 for tau in (0.2, 0.5, 0.8))
+        assert all(abs(difference(f"bn_{gamma}", data)) < 0.1 for gamma in (0.3, 0.5, 0.7, 1.0, 1.2))
 
 
 # --- another prior ---
@@ -764,62 +764,88 @@ def test_a_study_runs_and_says_what_it_did(name):
 
 
 def test_the_chapters_reading_of_the_recorded_runs():
-    """The sentences below the table; comparisons of means of three seeds, three standard errors apart or more."""
+    """The sentences below the table; "clear" is the paired test of helpers.less."""
     root = ROOT / "book" / "results"
     names = ("none", "layer", "gamma0.7", "gamma1.2", "gamma0.4", "tau0.1", "tau0.5", "none_beta2", "gamma0.7_beta2")
     runs = {n: json.loads((root / f"bn_vae_{n}" / "mnist-medium.json").read_text(encoding="utf-8")) for n in names}
+    assert {run["proposal"] for run in runs.values()} == {"mixture"}
 
     def values(name, metric):
-        entry = runs[name]["metrics"][metric]
-        return entry["mean"], entry["standard error"]
+        return runs[name]["metrics"][metric]["mean"]
 
     def clearly_less(first, second, metric, factor=1.0):
-        (a, error_a), (b, error_b) = values(first, metric), values(second, metric)
-        return a + 3 * math.hypot(error_a, factor * error_b) < factor * b
+        a, b = (runs[n]["metrics"][metric]["by seed"] for n in (first, second))
+        return less(a, [factor * value for value in b])
 
     smallest, information = "smallest KL of a training batch", "mutual information"
     for curve in runs["none"]["curves"]["KL in training"]:  # means of nine steps
         assert max(curve[1:3]) > 4 and 0.05 < min(curve[:7]) < 0.15 and len(curve) == 104 and curve[-1] > 0.9
-    assert 0.5 < values("none", information)[0] < 1.5
+    assert 0.5 < values("none", information) < 1.5
     by_seed = runs["none"]["metrics"]["KL"]["by seed"]
     assert max(by_seed) > 1.5 * min(by_seed)
     least = {"tau0.1": -8 * math.log(0.9), "tau0.5": 8 * math.log(2)}
     floors = {"layer": 16 * 0.49 / 2, "gamma0.7": 16 * 0.49 / 2, "gamma0.4": 16 * 0.16 / 2, **least}
     assert all(min(runs[n]["metrics"][smallest]["by seed"]) > 0.999 * floor for n, floor in floors.items())
     assert clearly_less("none", "gamma0.7", information, 1 / 2) and clearly_less("none", "gamma0.7", "gain from z")
-    assert values("gamma1.2", smallest)[0] == pytest.approx(16 * 1.44 / 2 - 0.02, abs=0.002)
-    assert values("gamma1.2", information)[0] / values("gamma0.7", information)[0] == pytest.approx(2, abs=0.1)
-    assert values("gamma1.2", "gain from z")[0] > 2.5 * values("gamma0.7", "gain from z")[0]
-    mismatch = "KL of the aggregate"
-    assert values("gamma1.2", mismatch)[0] / values("gamma0.7", mismatch)[0] == pytest.approx(6.4, abs=0.2)
-    assert clearly_less("gamma0.7", "gamma1.2", "NLL") and not clearly_less("gamma1.2", "none", "NLL")
+    assert values("gamma1.2", smallest) == pytest.approx(16 * 1.44 / 2 - 0.02, abs=0.002)
+    assert values("gamma1.2", "gain from z") > 2.5 * values("gamma0.7", "gain from z")
+    # The likelihoods.
     assert clearly_less("gamma0.7", "none", "NLL")
-    assert not clearly_less("gamma0.7", "layer", "NLL")
+    assert values("none", "NLL") - values("gamma0.7", "NLL") == pytest.approx(1, abs=0.1)
+    assert not clearly_less("gamma0.7", "layer", "NLL") and not clearly_less("layer", "gamma0.7", "NLL")
     assert clearly_less("gamma0.7", "layer", information) and clearly_less("gamma0.7", "layer", "gain from z")
-    assert all(values(n, "active units")[0] == 16 for n in names[:7])
-    assert values("gamma0.4", information)[0] == pytest.approx(values("none", information)[0], abs=0.2)
-    assert values("gamma0.4", information)[1] < 0.01 and clearly_less("gamma0.7", "gamma0.4", "NLL")
-    assert values("tau0.5", information)[0] > 0.95 * values("tau0.5", "cap of the information")[0]
-    assert values("tau0.5", "KL of the aggregate")[0] == pytest.approx(values("tau0.5", "KL")[0] / 2, rel=0.1)
-    assert all(values("tau0.5", information)[0] > values(n, information)[0] for n in names[:6])
+    assert clearly_less("gamma0.7", "gamma0.4", "NLL")
+    assert values("gamma1.2", "NLL") - values("gamma0.7", "NLL") == pytest.approx(0.7, abs=0.05)
+    assert not clearly_less("gamma1.2", "none", "NLL") and not clearly_less("none", "gamma1.2", "NLL")
+    for name, behind in (("tau0.1", 0.25), ("tau0.5", 0.4)):
+        assert clearly_less("gamma0.7", name, "NLL") and clearly_less(name, "gamma1.2", "NLL")
+        assert values(name, "NLL") - values("gamma0.7", "NLL") == pytest.approx(behind, abs=0.05)
+    assert clearly_less("tau0.1", "none", "NLL")
+    assert max(values(n, "NLL, fall on doubling") for n in names) < 0.11 < 0.25
+    assert all(values(n, "active units") == 16 for n in names[:7])
+    assert values("gamma0.4", information) == pytest.approx(values("none", information), abs=0.2)
+    assert runs["gamma0.4"]["metrics"][information]["standard error"] < 0.01
     for name in least:
-        assert all(values(name, "NLL")[0] > values(n, "NLL")[0] + 4 for n in names[:5])
-        above = (values(name, "KL")[0] - values(name, "floor of the KL")[0]) / 16
+        above = (values(name, "KL") - values(name, "floor of the KL")) / 16
         assert (2 - math.log(3)) / 2 < above < (0.5772156649 + math.log(2)) / 2
         assert above == pytest.approx(0.5, abs=0.04)
     assert least["tau0.1"] == pytest.approx(0.84, abs=0.005)
-    assert values("tau0.1", "floor of the KL")[0] == pytest.approx(4.9, abs=0.05)
-    assert abs(values("tau0.1", "NLL")[0] - values("tau0.5", "NLL")[0]) < 0.5
-    assert values("tau0.5", "floor of the KL")[0] == pytest.approx(9, abs=0.1)
-    assert study.floor(CoupledBatchNorm(16, 0.5)) == pytest.approx(11.1, abs=0.05)
+    assert values("tau0.1", "floor of the KL") == pytest.approx(4.9, abs=0.05)
+    assert values("tau0.5", "floor of the KL") == pytest.approx(9, abs=0.1)
+    starts = [study.floor(CoupledBatchNorm(16, tau)) for tau in (0.1, 0.5)]
+    assert starts == pytest.approx([6.4, 11.1], abs=0.05)
 
     collapsed, kept = "none_beta2", "gamma0.7_beta2"
-    assert values(collapsed, "active units")[0] == 0 and values(kept, "active units")[0] == 16
-    assert values(collapsed, "KL")[0] == pytest.approx(1 / 30, abs=0.005) and values(collapsed, "gain from z")[0] < 0.2
-    assert values(kept, information)[0] == pytest.approx(3, abs=0.05) and values(kept, "gain from z")[0] > 10
-    assert values(kept, "NLL")[0] - values("gamma0.7", "NLL")[0] == pytest.approx(0.25, abs=0.01)
-    assert values(kept, "KL")[0] - values(kept, "floor of the KL")[0] == pytest.approx(-0.04, abs=0.01)
+    assert values(collapsed, "active units") == 0 and values(kept, "active units") == 16
+    assert values(collapsed, "KL") == pytest.approx(1 / 30, abs=0.005) and values(collapsed, "gain from z") < 0.2
+    assert values(kept, information) == pytest.approx(3, abs=0.05) and values(kept, "gain from z") > 10
+    assert values(kept, "NLL") - values("gamma0.7", "NLL") == pytest.approx(0.25, abs=0.02)
+    assert values(kept, "KL") - values(kept, "floor of the KL") == pytest.approx(-0.04, abs=0.01)
     assert min(runs[kept]["metrics"][smallest]["by seed"]) > 16 * 0.49 / 2 - 1e-3  # eps
+
+
+def test_the_chapters_reading_of_the_estimates():
+    """The figure of one model's likelihood by its proposals."""
+    record = json.loads((ROOT / "book/results/bn_vae_estimates/mnist-medium.json").read_text(encoding="utf-8"))
+    curves = record["curves"]
+    for model in study.ESTIMATED.values():
+        posterior, mixture = (
+            [sum(c[i] for c in curves[f"{model}, {p}"]) / 3 for i in range(5)] for p in ("posterior", "mixture")
+        )
+        if model.startswith("coupled"):
+            assert 4 < posterior[-1] - mixture[-1] < 6.5  # "some five nats"
+            assert posterior[2] - posterior[-1] < 1.2  # from 64 draws to 1,024: "next to nothing"
+        else:
+            assert abs(posterior[-1] - mixture[-1]) < 0.05
+    # The spike of the theorem, and what draws give back.
+    noise = torch.Generator().manual_seed(0)
+    back = [
+        float((0.5 * torch.randn(2**22 // s, s, generator=noise).double().square()).logsumexp(1).mean() - math.log(s))
+        for s in (8, 512)
+    ]
+    assert back == pytest.approx([0.79, 1.17], abs=0.02)
+    r, d = 1 / 9, 16  # the exercise
+    assert d / 2 * math.log(1 / r) - d / 2 * (1 - r) == pytest.approx(10.47, abs=0.005)
 
 
 def test_the_study_of_estimates_has_a_curve_for_each_model_and_proposal():
