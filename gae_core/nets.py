@@ -33,28 +33,33 @@ def mlp_pair(
     *,
     hidden: Sequence[int] = (512, 256),
     heads: int = 1,
-    output: type[nn.Module] = nn.Sigmoid,
+    output: type[nn.Module] | None = None,
     activation: type[nn.Module] = nn.ReLU,
 ) -> tuple[nn.Module, nn.Module]:
-    """Encoder from images of a shape to codes (batch, dim), and the mirrored decoder back to images in [0, 1].
+    """Encoder from images of a shape to codes (batch, dim), and the mirrored decoder back to images.
 
     Args:
         shape: shape of one image, (channels, height, width).
         dim: dimension of the code.
         hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
         heads: vectors of length dim that the encoder gives side by side, (batch, heads * dim): 2 for mu and logvar.
-        output: class of the decoder's last layer; ``nn.Identity`` gives logits instead of images.
+        output: class of the decoder's last layer: ``nn.Sigmoid`` for images in [0, 1], ``nn.Identity`` for logits. By
+            default the first with one head, and the second with two, as :class:`gae_core.models.vae.VAE` has them.
         activation: class of the activations between the layers.
     """
     pixels = math.prod(shape)
     encoder = nn.Sequential(nn.Flatten(), mlp([pixels, *hidden, heads * dim], activation=activation))
     layers = mlp([dim, *reversed(hidden), pixels], activation=activation)
-    decoder = nn.Sequential(layers, output(), nn.Unflatten(1, tuple(shape)))
+    decoder = nn.Sequential(layers, _output(output, heads)(), nn.Unflatten(1, tuple(shape)))
     return encoder, decoder
 
 
+def _output(given: type[nn.Module] | None, heads: int) -> type[nn.Module]:
+    return given or (nn.Sigmoid if heads == 1 else nn.Identity)
+
+
 def conv_pair(
-    shape: Sequence[int], dim: int, *, channels: int = 32, heads: int = 1, output: type[nn.Module] = nn.Sigmoid
+    shape: Sequence[int], dim: int, *, channels: int = 32, heads: int = 1, output: type[nn.Module] | None = None
 ) -> tuple[nn.Module, nn.Module]:
     """Convolutional encoder and decoder, halving the image twice, for sides that four divides.
 
@@ -89,7 +94,7 @@ def conv_pair(
         nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.ConvTranspose2d(channels, colours, 4, stride=2, padding=1),
-        output(),
+        _output(output, heads)(),
     )
     return encoder, decoder
 

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from gae_core import data, metrics, nets
 from gae_core.models.autoencoder import Autoencoder, squared_distance
+from gae_core.models.cvae import CVAE, FactorisedNet, FirstAlone, LabelPriorVAE
 from gae_core.models.eae import EAE
+from gae_core.models.vae import IWAE, VAE
 from gae_core.train import fit
 
 SHAPE = (1, 8, 8)
@@ -151,3 +154,80 @@ def test_too_few_rows_for_the_neighbour_are_still_named_by_the_estimate():
 def test_settings_without_a_meaning_are_named_when_the_model_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         make(EAE, **options)
+
+
+# ---- ranges, and sigmoids taken for logits ----------------------------------------------------------------------
+
+VARIATIONAL = {
+    "VAE": lambda pair, **options: VAE(*pair, 4, **options),
+    "IWAE": lambda pair, **options: IWAE(*pair, 4, samples=2, binarise=True, **options),
+    "LabelPriorVAE": lambda pair, **options: LabelPriorVAE(*pair, 4, classes=2, **options),
+    "CVAE": lambda pair, **options: CVAE(FirstAlone(pair[0]), FirstAlone(pair[1]), 4, classes=2, **options),
+}
+RANGES = {
+    "-1 to 1": (
+        lambda x: 2 * x - 1,
+        r"x must be in \[0, 1\] for the Bernoulli .*got -0\.\d+ to 0\.\d+: .*\(x \+ 1\) / 2",
+    ),
+    "0 to 255": (lambda x: 255 * x, r"got 0\.\d+ to 25\d(\.\d+)?: gae_core.data.to_unit\(x\)"),
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONAL)
+@pytest.mark.parametrize("wrong", RANGES)
+def test_images_outside_of_the_unit_interval_have_no_bernoulli_loss(name, wrong):
+    """Below 0 the loss falls without end: -x f is what it has of the logit f, which grows."""
+    change, told = RANGES[wrong]
+    model, x, y = VARIATIONAL[name](nets.mlp_pair(SHAPE, 4, hidden=(16,), heads=2)), images(), torch.arange(64) % 2
+    for call in (lambda x: model.loss(x, y), lambda x: fit(model, x, y, epochs=1, **OPTIONS)):
+        call(x)
+        with pytest.raises(ValueError, match=told):
+            call(change(x))
+
+
+def test_the_network_without_a_code_has_that_range_too():
+    model, y = FactorisedNet(nn.Sequential(nn.Linear(2, 64), nn.Unflatten(1, SHAPE))), torch.ones(64, 2)
+    assert model.loss(images(), y).total.isfinite().all()
+    with pytest.raises(ValueError, match=RANGES["-1 to 1"][1]):
+        model.loss(2 * images() - 1, y)
+
+
+def test_the_gaussian_likelihood_takes_any_range():
+    model = VAE(*nets.mlp_pair(SHAPE, 4, hidden=(16,), heads=2), 4, likelihood="gaussian")
+    assert model.loss(2 * images() - 1).total.isfinite().all()
+
+
+@pytest.mark.parametrize("name", VARIATIONAL)
+def test_bytes_and_integers_are_named_by_the_variational_models_too(name):
+    model, y = VARIATIONAL[name](nets.mlp_pair(SHAPE, 4, hidden=(16,), heads=2)), torch.arange(64) % 2
+    for kind, mend in ((torch.uint8, "to_unit"), (torch.int64, "convert it"), (torch.float64, "convert it")):
+        with pytest.raises(ValueError, match=rf"x must be torch.float32 .* got {kind}: .*{mend}"):
+            model.loss(images().round().to(kind), y)
+
+
+@pytest.mark.parametrize("name", VARIATIONAL)
+@pytest.mark.parametrize("make_pair", [nets.mlp_pair, nets.conv_pair])
+def test_two_heads_give_logits_and_a_sigmoid_before_the_likelihoods_own_is_refused(name, make_pair):
+    model = VARIATIONAL[name](make_pair(SHAPE, 4, heads=2))
+    assert sum(isinstance(m, nn.Sigmoid) for m in model.modules()) == 0
+    assert any(isinstance(m, nn.Sigmoid) for m in make_pair(SHAPE, 4)[1].modules()), "one head: an autoencoder's"
+    pair = make_pair(SHAPE, 4, heads=2, output=nn.Sigmoid)
+    with pytest.raises(ValueError, match=r"decoder must give logits .* got one that ends in a Sigmoid.*nn\.Identity"):
+        VARIATIONAL[name](pair)
+    if name != "IWAE":  # which is made to binarise here
+        VARIATIONAL[name](pair, likelihood="gaussian")  # means in [0, 1]
+
+
+def test_a_sigmoid_inside_or_before_another_layer_is_none_at_the_end():
+    encoder = nn.Linear(3, 4)
+    VAE(encoder, nn.Sequential(nn.Linear(2, 5), nn.Sigmoid(), nn.Linear(5, 3), nn.Sequential()), 2)
+    VAE(encoder, nn.Linear(2, 3), 2)
+    for end in (nn.Identity(), nn.Flatten(), nn.Sequential(nn.Sigmoid(), nn.Unflatten(1, (1, 3)))):
+        with pytest.raises(ValueError, match="ends in a Sigmoid"):
+            VAE(encoder, nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), end), 2)
+
+
+@pytest.mark.parametrize("beta", [-1.0, math.inf, math.nan])
+def test_a_weight_that_is_none_is_named(beta):
+    with pytest.raises(ValueError, match="beta must be at least 0 and finite, got"):
+        VAE(nn.Linear(3, 4), nn.Linear(2, 3), 2, beta=beta)

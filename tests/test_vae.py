@@ -1102,7 +1102,7 @@ def test_images_are_binarised_anew_at_each_call_by_the_generator():
 @pytest.mark.parametrize("value", [-0.01, 1.5, math.nan])
 def test_what_is_no_probability_cannot_be_binarised(value):
     encoder, decoder = nets.mlp_pair((1, 2, 2), 1, hidden=(8,), heads=2, output=nn.Identity)
-    with pytest.raises(ValueError, match=r"x must be in \[0, 1\] to be binarised"):
+    with pytest.raises(ValueError, match=r"x must be in \[0, 1\] for the Bernoulli likelihood"):
         VAE(encoder, decoder, 1, binarise=True).loss(torch.full((2, 1, 2, 2), value))
 
 

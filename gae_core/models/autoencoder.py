@@ -85,14 +85,18 @@ class Autoencoder(nn.Module):
 
     def _codes(self, x: Tensor) -> Tensor:
         """Codes of x, where x has the type of the weights and the codes are as long as ``dim`` says."""
-        weight = next(self.parameters(), None)
-        if weight is not None and x.dtype != weight.dtype:
-            mend = "gae_core.data.to_unit(x) makes floats of bytes" if x.dtype == torch.uint8 else "convert it"
-            raise ValueError(f"x must be {weight.dtype} as the model's weights are, got {x.dtype}: {mend}")
+        self._refuse_type(x)
         z = self.encode(x)
         if z.shape != (len(x), self.dim):
             raise ValueError(f"encoder must give codes of shape {(len(x), self.dim)}, got {tuple(z.shape)}")
         return z
+
+    def _refuse_type(self, x: Tensor) -> None:
+        """Raise a ValueError unless x has the type of the weights."""
+        weight = next(self.parameters(), None)
+        if weight is not None and x.dtype != weight.dtype:
+            mend = "gae_core.data.to_unit(x) makes floats of bytes" if x.dtype == torch.uint8 else "convert it"
+            raise ValueError(f"x must be {weight.dtype} as the model's weights are, got {x.dtype}: {mend}")
 
     @torch.no_grad()
     def sample(self, n: int, y: Tensor | None = None, *, generator: Generator | None = None) -> Tensor:

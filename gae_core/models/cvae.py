@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gae_core import parallel
 from gae_core.gaussian import kl_to_standard_normal, standard_normal_log_prob
-from gae_core.models.vae import VAE, VAELoss
+from gae_core.models.vae import VAE, VAELoss, refuse_outside_unit
 
 
 class Beside(nn.Module):
@@ -243,6 +243,7 @@ class FactorisedNet(nn.Module):
         logits = self.network(y)
         if logits.shape != x.shape:
             raise ValueError(f"network must give the shape of x, {tuple(x.shape)}, got {tuple(logits.shape)}")
+        refuse_outside_unit(x)
         return FactorisedLoss(F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1))
 
 

@@ -31,6 +31,26 @@ class VAELoss:
     kl: Tensor
 
 
+def refuse_outside_unit(x: Tensor) -> None:
+    """Raise a ValueError unless all entries are in [0, 1]: outside, the Bernoulli loss falls without end."""
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(
+            f"x must be in [0, 1] for the Bernoulli likelihood, got {float(x.min()):g} to {float(x.max()):g}: "
+            "gae_core.data.to_unit(x) makes such floats of bytes, and (x + 1) / 2 of images in [-1, 1]"
+        )
+
+
+def _last_layer(network: nn.Module) -> nn.Module:
+    """The layer that makes the output's values, as far as a network shows it."""
+    while (inner := getattr(network, "network", None)) is not None or isinstance(network, nn.Sequential):
+        shapes = (nn.Flatten, nn.Unflatten, nn.Identity)
+        layers = [inner] if inner is not None else [m for m in network if not isinstance(m, shapes)]
+        if not layers:
+            break
+        network = layers[-1]
+    return network
+
+
 class VAE(Autoencoder):
     r"""Autoencoder with a distribution at either end: :math:`q(z|x)` from the encoder, :math:`p(x|z)` from the decoder.
 
@@ -68,9 +88,10 @@ class VAE(Autoencoder):
         binarise: whether the loss draws binary images from grey ones, by the noise of its generator.
 
     Raises:
-        ValueError: for another likelihood, a negative ``beta``, a ``sigma`` that is not positive or has no use,
-            ``binarise`` without the Bernoulli likelihood; and when used, if encoder or decoder give other shapes, or
-            images to be binarised are not in [0, 1].
+        ValueError: for another likelihood, a ``beta`` that is negative or infinite, a ``sigma`` that is not positive or
+            has no use, ``binarise`` without the Bernoulli likelihood, or with it a decoder that ends in a sigmoid,
+            whose output would be taken for logits; and when used, if encoder or decoder give other shapes, x is of
+            another type than the weights, or with the Bernoulli likelihood not in [0, 1].
     """
 
     def __init__(
@@ -88,8 +109,13 @@ class VAE(Autoencoder):
         super().__init__(encoder, decoder, dim)
         if likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f'likelihood must be "bernoulli" or "gaussian", got {likelihood!r}')
-        if not beta >= 0:
-            raise ValueError(f"beta must be at least 0, got {beta}")
+        if not 0 <= beta < math.inf:
+            raise ValueError(f"beta must be at least 0 and finite, got {beta}")
+        if likelihood == "bernoulli" and isinstance(_last_layer(decoder), nn.Sigmoid):
+            raise ValueError(
+                "decoder must give logits for the Bernoulli likelihood, got one that ends in a Sigmoid, which would be "
+                "applied twice: output=nn.Identity in gae_core.nets"
+            )
         if likelihood == "bernoulli" and sigma != 1.0:
             raise ValueError(f"sigma must be left out for a Bernoulli likelihood, which has none, got {sigma}")
         if sigma is not None and not 0 < sigma < math.inf:
@@ -186,11 +212,16 @@ class VAE(Autoencoder):
             )
 
     def _binarised(self, x: Tensor, generator: Generator | None) -> Tensor:
-        """What the loss sees of x: with ``binarise`` zeros and ones whose means are x, new ones at each call."""
+        """What the loss sees of x: with ``binarise`` zeros and ones whose means are x, new ones at each call.
+
+        Raises:
+            ValueError: if x is of another type than the weights, or outside of [0, 1] where it may not be.
+        """
+        self._refuse_type(x)
+        if self.likelihood == "bernoulli":
+            refuse_outside_unit(x)
         if not self.binarise:
             return x
-        if not ((x >= 0) & (x <= 1)).all():
-            raise ValueError(f"x must be in [0, 1] to be binarised, got {float(x.min()):g} to {float(x.max()):g}")
         return (parallel.rand_like(x, generator=generator) < x).to(x.dtype)
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:

@@ -615,7 +615,7 @@ def autoencoder(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) 
 
 def variational(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) -> Member:
     """A VAE or one of its kin. For the density its noise is what its reconstructions leave, as for all networks."""
-    model = make(functools.partial(_pair, x, heads=2))
+    model = make(functools.partial(_pair, x, heads=2, output=nn.Sigmoid))
     if isinstance(model.log_sigma, nn.Parameter):
         with torch.no_grad():
             model.log_sigma.fill_(math.log(0.3))  # from 1 it would take half of the training to come down
