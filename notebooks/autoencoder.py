@@ -47,7 +47,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
-import os
 import time
 
 import matplotlib.pyplot as plt
@@ -57,7 +56,7 @@ from gae_core import data, experiments, metrics, nets, plots, sampling, train
 from gae_core.models.autoencoder import Autoencoder
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 SEED = 0
 images = data.example_images()
 print(f"size: {SIZE}, device: {device}")

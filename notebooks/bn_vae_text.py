@@ -55,11 +55,12 @@ import matplotlib.pyplot as plt
 import torch
 
 from gae_core import nets, text, train, variational
+from gae_core.data import size_from_environment
 from gae_core.models.text_vae import CommittedRate, TextVAE
 from gae_core.normalization import FixedScaleBatchNorm
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = size_from_environment("full" if device == "cuda" else "short")
 SEED = 0
 DIM = 8
 print(f"size: {SIZE}, device: {device}")
@@ -175,8 +176,8 @@ for name, model in models.items():
         ).mean()
     split = variational.encoder_information(mu, logvar, generator=generator)
     nll = variational.importance_weighted_nll(
-        model, x, samples=100, generator=generator
-    ).mean()
+        model, x, samples=96, generator=generator
+    ).nll.mean()
     found[name] = (
         nll,
         split.kl,

@@ -48,7 +48,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
-import os
 import time
 
 import matplotlib.pyplot as plt
@@ -66,7 +65,7 @@ from gae_core.models.local_linear import fit_local_linear
 from gae_core.studies.denoising import mixing
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 images = data.example_images()
 print(f"size: {SIZE}, device: {device}")
 

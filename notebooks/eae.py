@@ -48,7 +48,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
-import os
 import time
 
 import matplotlib.pyplot as plt
@@ -61,7 +60,7 @@ from gae_core.gaussian import gaussian_entropy
 from gae_core.normalization import CodeBatchNorm
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 SEED = 0
 images = data.example_images()
 print(f"size: {SIZE}, device: {device}")

@@ -48,7 +48,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
 
 # %%
 import math
-import os
 
 import matplotlib.pyplot as plt
 import torch
@@ -63,7 +62,7 @@ from gae_core.energy import (
 )
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 SEED = 0
 print(f"size: {SIZE}, device: {device}")
 

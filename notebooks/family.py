@@ -51,7 +51,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
 import dataclasses
 import itertools
 import math
-import os
 import textwrap
 import time
 
@@ -61,10 +60,11 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, LocallyLinearEmbedding
 
 from gae_core import metrics, plots
+from gae_core.data import size_from_environment
 from gae_core.studies import family
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = size_from_environment("full" if device == "cuda" else "short")
 print(f"size: {SIZE}")
 
 

@@ -48,7 +48,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
-import os
 import time
 
 import matplotlib.pyplot as plt
@@ -69,7 +68,7 @@ from gae_core.models.local_linear import (
 from gae_core.sampling import fit_gaussian_mixture
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 print(f"size: {SIZE}, device: {device}")
 
 

@@ -47,7 +47,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
-import os
 import time
 
 import matplotlib.pyplot as plt
@@ -61,7 +60,7 @@ from gae_core.studies.image_prior import LR, NETS, SIGMA, observe, photograph
 from gae_core.variational import importance_weighted_nll
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 SIDE, READ, STEPS = (64, 250, 500) if SIZE == "short" else (256, 1800, 4000)
 inputs, widths, skips = (16, (16, 32), (4, 4)) if SIZE == "short" else NETS["full"]
 OPTIONS = {"input_noise": 0.01, "average": 0.98} if SIZE == "short" else {}
@@ -331,7 +330,9 @@ x_train, x_test = (
 )
 with torch.random.fork_rng(devices=[]):
     torch.default_generator.manual_seed(0)
-    pair = nets.mlp_pair(images.shape, DIM, hidden=(256, 128), heads=2)
+    pair = nets.mlp_pair(
+        images.shape, DIM, hidden=(256, 128), heads=2, output=torch.nn.Sigmoid
+    )
     vae = VAE(*pair, DIM, likelihood="gaussian", sigma=SPREAD)
 options = {
     "epochs": max(9, 80_000 // len(x_train)),
@@ -423,7 +424,7 @@ print(
 )
 for name, (x, y) in rows.items():
     density = -float(
-        importance_weighted_nll(vae, x, samples=100, generator=seeded(12)).mean()
+        importance_weighted_nll(vae, x, generator=seeded(12)).nll.mean()
     )
     distance = float(
         torch.cdist(x.flatten(1), x_train.flatten(1)).min(1).values.mean()

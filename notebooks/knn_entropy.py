@@ -50,7 +50,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
 
 # %%
 import math
-import os
 
 import matplotlib.pyplot as plt
 import mpmath
@@ -61,11 +60,11 @@ from scipy import stats
 from scipy.spatial import KDTree
 from scipy.special import digamma, polygamma
 
-from gae_core.data import toy
+from gae_core.data import size_from_environment, toy
 from gae_core.entropy import knn_entropy, knn_entropy_bound, log_unit_ball_volume
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = size_from_environment("full" if device == "cuda" else "short")
 torch.set_num_threads(
     1
 )  # the tensors are small: a second thread costs more than it brings

@@ -49,12 +49,12 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
 
 # %%
 import math
-import os
 
 import matplotlib.pyplot as plt
 import torch
 from scipy import stats
 
+from gae_core.data import size_from_environment
 from gae_core.sampling import (
     langevin,
     latent_energy,
@@ -63,7 +63,7 @@ from gae_core.sampling import (
     split_rhat,
 )
 
-SIZE = os.environ.get("GAE_SIZE", "full" if torch.cuda.is_available() else "short")
+SIZE = size_from_environment("full" if torch.cuda.is_available() else "short")
 CHAINS = 200 if SIZE == "short" else 3000
 torch.set_default_dtype(torch.float64)
 print(f"size: {SIZE}")

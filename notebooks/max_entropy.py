@@ -52,7 +52,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
 # %%
 import itertools
 import math
-import os
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -60,11 +59,12 @@ import sympy as sp
 import torch
 from scipy import integrate, special, stats
 
+from gae_core.data import size_from_environment
 from gae_core.entropy import knn_entropy
 from gae_core.gaussian import gaussian_entropy
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = size_from_environment("full" if device == "cuda" else "short")
 SEED = 0
 MAXIMUM = 0.5 * math.log(2 * math.pi * math.e)  # entropy of N(0, 1) in nats
 print(f"size: {SIZE}, device: {device}")

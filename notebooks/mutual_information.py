@@ -49,13 +49,13 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
 
 # %%
 import math
-import os
 
 import matplotlib.pyplot as plt
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from gae_core.data import size_from_environment
 from gae_core.entropy import knn_entropy
 from gae_core.information import (
     dv_terms,
@@ -68,7 +68,7 @@ from gae_core.information import (
 )
 
 device = "cpu"  # everything here is small
-SIZE = os.environ.get("GAE_SIZE", "short")
+SIZE = size_from_environment("short")
 SEED = 0
 print(f"size: {SIZE}, device: {device}")
 

@@ -48,7 +48,6 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
-import os
 import time
 
 import matplotlib.pyplot as plt
@@ -66,7 +65,7 @@ from gae_core.variational import (
 )
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = os.environ.get("GAE_SIZE", "full" if device == "cuda" else "short")
+SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 SEED = 0
 images = data.example_images()
 print(f"size: {SIZE}, device: {device}")
@@ -199,14 +198,18 @@ binary = torch.bernoulli(
 )
 mu, logvar = metrics.in_batches(vae.posterior, binary)
 generator = torch.Generator().manual_seed(SEED)
-negative_elbo = importance_weighted_nll(vae, binary, samples=1, generator=generator)
-nll = importance_weighted_nll(vae, binary, samples=200, generator=generator)
+# Draws from q(z | x): with one of them it is the negative bound.
+draw = dict(proposal="posterior", generator=generator)
+negative_elbo = importance_weighted_nll(vae, binary, samples=1, **draw).nll
+nll = importance_weighted_nll(vae, binary, samples=200, **draw).nll
 split = encoder_information(mu, logvar, generator=generator)
 print(
     f"negative ELBO {negative_elbo.mean():.1f}, NLL with 200 samples {nll.mean():.1f} nats an image"
 )
+# So near its cap, the logarithm of the images, the estimated information says "at least".
 print(
-    f"KL {split.kl:.1f} = information {split.mutual_information:.1f} (cap {split.cap:.1f}) + aggregate {split.kl_aggregate:.1f}"
+    f"KL {split.kl:.1f}, of which information at least {split.mutual_information:.1f}"
+    f" (cap of the estimate {split.cap:.1f})"
 )
 print(f"active units: {active_units(mu)} of {DIM}")
 assert (
@@ -356,7 +359,7 @@ print(
 flat = {}
 for beta in (0.0, 1.0, 4.0):
     flat[beta] = fit(VAE(*pair(2), 2, beta=beta, binarise=True), rows=ROWS // 2)
-clouds, table = {}, {}
+clouds, table, mismatch = {}, {}, {}
 for beta, model in flat.items():
     mu, logvar = metrics.in_batches(model.posterior, grey)
     eps = torch.randn(mu.shape, generator=torch.Generator().manual_seed(SEED))
@@ -365,10 +368,18 @@ for beta, model in flat.items():
     table[beta] = encoder_information(
         mu[part], logvar[part], generator=torch.Generator().manual_seed(SEED)
     )
-    moments = mu.mean(0).abs().max(), (mu.square() + logvar.exp()).mean(0)
+    mean, second = mu.mean(0), (mu.square() + logvar.exp()).mean(0)
+    # Where the information is at its cap, the logarithm of the images, so is not what
+    # the divergence has left. What the two moments alone demand is a lower bound.
+    capped = table[beta].mutual_information > table[beta].cap - 2
+    least = 0.5 * (second - 1 - (second - mean.square()).log()).sum()
+    mismatch[beta] = float(least) if capped else table[beta].kl_aggregate
     print(
-        f"beta {beta:4g}: information {table[beta].mutual_information:5.2f}, KL of the aggregate {table[beta].kl_aggregate:8.2f},"
-        f" |E mu| up to {moments[0]:.2f}, E mu^2 + E sigma^2 {moments[1].tolist()[0]:.2f} and {moments[1].tolist()[1]:.2f}"
+        f"beta {beta:g}: information {'at least ' if capped else ''}"
+        f"{table[beta].mutual_information:.2f},"
+        f" KL of the aggregate {'at least ' if capped else ''}{mismatch[beta]:.2f},\n"
+        f"        |E mu| up to {mean.abs().max():.2f},"
+        f" E mu^2 + E sigma^2 {second[0]:.2f} and {second[1]:.2f}"
     )
     # The split is exact: what is lost between the two sides is rounding.
     assert (
@@ -377,10 +388,9 @@ for beta, model in flat.items():
     )
 
 # %% tags=["nbval-check-output"]
-matches = [table[beta].kl_aggregate for beta in (0.0, 1.0, 4.0)]
 print(
     "with the divergence a better match than without:",
-    max(matches[1:]) < matches[0],
+    max(mismatch[1.0], mismatch[4.0]) < mismatch[0.0],
 )
 print(
     "the larger its weight, the less the code says:",
