@@ -146,9 +146,11 @@ def active_units(mu: Tensor, *, threshold: float = 0.01) -> int:
         threshold: smallest variance of an active unit; 0.01 in the literature.
 
     Raises:
-        ValueError: for another shape, or means that are not finite.
+        ValueError: for another shape, means that are not finite, or a threshold that is no number of at least 0.
     """
     _check_codes("mu", mu)
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold must be a number of at least 0, got {threshold}")
     return int((mu.detach().double().var(0) >= threshold).sum())
 
 
@@ -199,6 +201,11 @@ def encoder_information(
         raise ValueError(
             f"logvar must have the shape of mu, samples and chunk_size be at least 1, "
             f"got {tuple(logvar.shape)} for {tuple(mu.shape)}, samples={samples}, chunk_size={chunk_size}"
+        )
+    if logvar.abs().max() > 600:
+        raise ValueError(
+            f"logvar must be in [-600, 600], where its exponentials are finite, got {float(logvar.min()):g} to "
+            f"{float(logvar.max()):g}: such a posterior is a point, or none"
         )
     mu, logvar = mu.double(), logvar.double()
     n, d = mu.shape

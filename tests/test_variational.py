@@ -175,3 +175,18 @@ def test_trap_test_data_are_none_of_the_training_data(name):
         pytest.skip(str(error))
     seen = {image.numpy().tobytes() for image in images.x_train}
     assert not any(image.numpy().tobytes() in seen for image in images.x_test)
+
+
+@pytest.mark.parametrize("value", [-800.0, 800.0])
+def test_variances_beyond_the_range_of_numbers_are_named_and_those_before_give_the_cap(value):
+    mu = torch.arange(20.0)[:, None]
+    with pytest.raises(ValueError, match=rf"logvar must be in \[-600, 600\], .* got {value:g} to {value:g}"):
+        encoder_information(mu, torch.full_like(mu, value))
+    found = encoder_information(mu, torch.full_like(mu, -20.0), generator=torch.Generator().manual_seed(0))
+    assert found.mutual_information == pytest.approx(math.log(20), abs=1e-6)  # no code could be another's
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0])
+def test_a_threshold_that_is_none_is_named(value):
+    with pytest.raises(ValueError, match="threshold must be a number of at least 0, got"):
+        active_units(torch.arange(6.0)[:, None], threshold=value)
