@@ -594,6 +594,19 @@ def test_the_chapters_reading_of_the_languages_optimum():
     assert less(("floor", "reader, z integrated"), ("floor", "reachable floor"))
 
 
+def test_the_chapters_reading_of_what_learning_misses():
+    """The plain model's divergence is 0, so that its loss on training sentences is a likelihood."""
+    record = json.loads((RESULTS / "text_plain" / "he2019-medium.json").read_text(encoding="utf-8"))
+    last = [
+        words[-1] + kl[-1]
+        for words, kl in zip(*(record["curves"][key] for key in ("reconstruction", "kl")), strict=True)
+    ]
+    training, new = sum(last) / len(last), record["metrics"]["NLL"]["mean"]
+    assert training == pytest.approx(35.7, abs=0.05) and new == pytest.approx(38.3, abs=0.05)
+    optimum = recorded("floor", "optimum of NLL", data="he2019")[0]
+    assert (new - training) / (new - optimum) == pytest.approx(1 / 3, abs=0.03)
+
+
 def test_the_chapters_reading_of_the_recorded_runs():
     """The sentences below the tables."""
     for name in ("plain", "plain_adam", "aggressive"):  # collapse, whose likelihood is near the optimum
