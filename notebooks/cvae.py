@@ -99,7 +99,8 @@ for kind, title in (
     models[title] = model.cpu()
     loss, kl = (float(history[name][-50:].mean()) for name in ("total", "kl"))
     print(
-        f"{title:<28} loss {loss:6.1f}, divergence {kl:5.2f} nats, {time.perf_counter() - start:.0f} s"
+        f"{title:<28} loss {loss:6.1f}, divergence {kl:5.2f} nats, "
+        f"{time.perf_counter() - start:.0f} s"
     )
 
 # %% tags=["nbval-check-output"]
@@ -128,13 +129,15 @@ for title, model in models.items():
     ).argmax(1)
     shares[title] = float((labels == many).double().mean())
     print(
-        f"{title:<28} shows the label asked for in {shares[title]:.1%} of 2,000 images"
+        f"{title:<28} shows the label asked for in {shares[title]:.1%} of 2,000"
+        " images"
     )
 w = models["label in the prior's mean"].means
 distance = torch.pdist(w)
 limit = 1 - torch.distributions.Normal(0.0, 1.0).cdf(-distance.min() / 2)
 print(
-    f"means of the prior: nearest two {distance.min():.2f} apart, at most {limit:.1%} of that pair can be right"
+    f"means of the prior: nearest two {distance.min():.2f} apart, at most "
+    f"{limit:.1%} of that pair can be right"
 )
 
 # %% tags=["nbval-check-output"]
@@ -241,10 +244,12 @@ for proposal, samples in (("posterior", 1), ("posterior", 50), ("prior", 50)):
     ).nll
     estimates[proposal, samples] = float(nll.mean())
     print(
-        f"{samples:>3} draws from the {proposal:<10} {estimates[proposal, samples]:7.2f} nats"
+        f"{samples:>3} draws from the {proposal:<10} "
+        f"{estimates[proposal, samples]:7.2f} nats"
     )
 print(f"without a code            {without:7.2f} nats")
-# Jensen: more draws can only lower the estimate, but for noise; draws from the prior are far worse.
+# Jensen: more draws can only lower the estimate, but for noise; draws from the
+# prior are far worse.
 assert estimates["posterior", 50] < estimates["posterior", 1] + 0.1
 assert estimates["prior", 50] > estimates["posterior", 50]
 

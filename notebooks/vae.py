@@ -105,7 +105,8 @@ def predicted(sigma):
 measured = [tuple(g.var() for g in both_gradients(sigma)) for sigma in sigmas]
 for sigma, (score, path) in zip(sigmas[::4], measured[::4], strict=True):
     print(
-        f"sigma {sigma:.3f}: variance of the score function {score:9.3f}, pathwise {path:7.4f}"
+        f"sigma {sigma:.3f}: variance of the score function {score:9.3f},"
+        f" pathwise {path:7.4f}"
     )
 for sigma, found in zip(sigmas, measured, strict=True):
     for value, expected in zip(found, predicted(sigma), strict=True):
@@ -185,7 +186,8 @@ vae = models[1.0]
 iwae = fit(IWAE(*pair(DIM), DIM, samples=5, binarise=True))
 plain = fit(Autoencoder(*pair(DIM, heads=1, output=nn.Sigmoid), DIM))
 print(
-    f"five trainings of {len(vae.medians)} steps: {time.perf_counter() - start:.0f} s"
+    f"five trainings of {len(vae.medians)} steps: "
+    f"{time.perf_counter() - start:.0f} s"
 )
 
 # %% [markdown]
@@ -204,11 +206,14 @@ negative_elbo = importance_weighted_nll(vae, binary, samples=1, **draw).nll
 nll = importance_weighted_nll(vae, binary, samples=200, **draw).nll
 split = encoder_information(mu, logvar, generator=generator)
 print(
-    f"negative ELBO {negative_elbo.mean():.1f}, NLL with 200 samples {nll.mean():.1f} nats an image"
+    f"negative ELBO {negative_elbo.mean():.1f}, NLL with 200 samples "
+    f"{nll.mean():.1f} nats an image"
 )
-# So near its cap, the logarithm of the images, the estimated information says "at least".
+# So near its cap, the logarithm of the images, the estimated information says "at
+# least".
 print(
-    f"KL {split.kl:.1f}, of which information at least {split.mutual_information:.1f}"
+    f"KL {split.kl:.1f}, of which information at least "
+    f"{split.mutual_information:.1f}"
     f" (cap of the estimate {split.cap:.1f})"
 )
 print(f"active units: {active_units(mu)} of {DIM}")
@@ -255,7 +260,8 @@ for i in range(len(x)):
 variances = {name: float(torch.stack(g).var(1).mean()) for name, g in found.items()}
 for name, value in variances.items():
     print(
-        f"{name:<16} {value:12.1f}: {value / variances['pathwise']:9.1f} times the pathwise"
+        f"{name:<16} {value:12.1f}: {value / variances['pathwise']:9.1f} times"
+        " the pathwise"
     )
 
 # %% tags=["nbval-check-output"]
@@ -314,7 +320,8 @@ for ax, (beta, model) in zip(axes[1:], models.items(), strict=True):
 # %%
 last = {beta: sum(model.medians[-20:]) / 20 for beta, model in models.items()}
 print({beta: round(value, 3) for beta, value in last.items()})
-# Twenty steps are averaged; from one weight to the next it changes by a factor of two or more.
+# Twenty steps are averaged; from one weight to the next it changes by a factor of
+# two or more.
 assert last[0.0] < 0.8 * last[0.1] < 0.8 * last[1.0]
 
 # %% tags=["nbval-check-output"]
@@ -335,11 +342,13 @@ for name, model in {"plain autoencoder": plain, "VAE": vae}.items():
     parts = [x[:: max(1, len(x) // 5000)] for x in (images.x_train, images.x_test)]
     errors[name] = [float(metrics.squared_error(model, x).mean()) for x in parts]
     print(
-        f"{name:<18} training {errors[name][0]:6.2f}, held out {errors[name][1]:6.2f}"
+        f"{name:<18} training {errors[name][0]:6.2f}, held out "
+        f"{errors[name][1]:6.2f}"
     )
 
 # %% tags=["nbval-check-output"]
-# The small digits have 1,347 training images alone, which can be learnt by heart in part; MNIST has 60,000.
+# The small digits have 1,347 training images alone, which can be learnt by heart
+# in part; MNIST has 60,000.
 ratio = {name: held_out / training for name, (training, held_out) in errors.items()}
 print(
     "new images cost the plain autoencoder less than a third more:",
@@ -369,15 +378,16 @@ for beta, model in flat.items():
         mu[part], logvar[part], generator=torch.Generator().manual_seed(SEED)
     )
     mean, second = mu.mean(0), (mu.square() + logvar.exp()).mean(0)
-    # Where the information is at its cap, the logarithm of the images, so is not what
-    # the divergence has left. What the two moments alone demand is a lower bound.
+    # Where the estimated information is at its cap, the logarithm of the images, the
+    # mismatch is not known. What the two moments alone demand is a lower bound.
     capped = table[beta].mutual_information > table[beta].cap - 2
     least = 0.5 * (second - 1 - (second - mean.square()).log()).sum()
     mismatch[beta] = float(least) if capped else table[beta].kl_aggregate
     print(
         f"beta {beta:g}: information {'at least ' if capped else ''}"
         f"{table[beta].mutual_information:.2f},"
-        f" KL of the aggregate {'at least ' if capped else ''}{mismatch[beta]:.2f},\n"
+        f" KL of the aggregate {'at least ' if capped else ''}"
+        f"{mismatch[beta]:.2f},\n"
         f"        |E mu| up to {mean.abs().max():.2f},"
         f" E mu^2 + E sigma^2 {second[0]:.2f} and {second[1]:.2f}"
     )
@@ -465,14 +475,16 @@ for name, model in {"VAE": vae, "IWAE, trained with k = 5": iwae}.items():
             ]
         )
     log_weights = log_weights.double()
-    # All disjoint groups of k of the same 200 draws, so that the curve has the noise of the draws once.
+    # All disjoint groups of k of the same 200 draws, so that the curve has the
+    # noise of the draws once.
     groups = [log_weights.view(len(few), counts[-1] // k, k) for k in counts]
     curves[name] = [
         float((torch.tensor(float(k)).log() - g.logsumexp(2)).mean())
         for k, g in zip(counts, groups, strict=True)
     ]
     print(f"{name:<26}", " ".join(f"{v:6.1f}" for v in curves[name]))
-    # Where a larger group is made of whole smaller ones, Jensen's inequality holds on the draws themselves.
+    # Where a larger group is made of whole smaller ones, Jensen's inequality
+    # holds on the draws themselves.
     for small, large in (
         (0, 1),
         (0, 2),
