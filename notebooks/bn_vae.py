@@ -174,7 +174,8 @@ for name, norm in norms.items():
     begin = time.perf_counter()
     models[name], histories[name] = fit(norm)
     print(
-        f"{name:<16} {len(histories[name]['kl'])} steps in {time.perf_counter() - begin:.0f} s"
+        f"{name:<16} {len(histories[name]['kl'])} steps in "
+        f"{time.perf_counter() - begin:.0f} s"
     )
 
 # %% mystnb={"figure": {"name": "fig-bn_vae-floor", "caption": "Divergence of the training batches, and its floor (dashed)."}, "image": {"alt": "Four curves against training steps on a logarithmic axis. Without a norm the divergence rises and falls again to a fraction of a nat. With layer norm and with batch norm it stays on or above a dashed line at 3.92 nats. With the coupled norm it stays far above a higher dashed line."}}
@@ -195,7 +196,8 @@ legend = ax.legend(ncols=2)
 for name in ("batch norm, 0.4", "batch norm, 0.7", "batch norm, 1.2"):
     gamma = models[name].norm.gamma
     lowest = float(histories[name]["kl"].min())
-    # One in a hundred is for eps: the encoder would have to give variances of 0.001 to lose as much.
+    # One in a hundred is for eps: the encoder would have to give variances of
+    # 0.001 to lose as much.
     print(name, "never below its floor:", lowest > 0.99 * bn_vae.DIM * gamma**2 / 2)
 lowest = float(histories["coupled, 0.5"]["kl"].min())
 print(
@@ -211,7 +213,7 @@ print(
 #
 # A divergence above 0 is what was asked for. What we want is another thing: that the code says something
 # (mutual information), that the decoder listens (gain: what it loses when it is given the codes of other images), and that
-# the model is no worse for it (NLL). Predict: which column tells a used code from a useless one, and which does not?
+# the model is no worse for it (NLL). Predict: which row tells a used code from a useless one, and which does not?
 
 # %%
 # The likelihood of the first images, by a mixture of proposals; its next column is
@@ -234,7 +236,8 @@ print(f"{'':<22}" + "".join(f"{name:>16}" for name in measured))
 for c in columns:
     print(f"{c:<22}" + "".join(f"{v[c]:>16.2f}" for v in measured.values()))
 print(
-    f"the information cannot exceed {measured['no norm']['cap of the information']:.2f}, the logarithm of the images"
+    "the information cannot exceed "
+    f"{measured['no norm']['cap of the information']:.2f}, the logarithm of the images"
 )
 
 # %% tags=["nbval-check-output"]
@@ -264,7 +267,7 @@ print(
 # How far it is, the estimate of the information cannot tell near its cap, which is drawn as a line. At least it is what
 # the variances of the aggregate demand, $\frac12\sum_j(V_j - 1 - \log V_j)$, and that can be computed.
 
-# %% mystnb={"figure": {"name": "fig-bn_vae-gamma", "caption": "Batch norm with three scales on held-out images: the divergence and its floor, the estimated information, and what the variances of the aggregate cost at least."}, "image": {"alt": "Curves against gamma at 0.4, 0.7 and 1.2. The divergence lies near its floor, a parabola, or above it. The estimated information grows more slowly and comes near its cap. What the variances of the aggregate cost at least is next to nothing up to 0.7 and more than a nat at 1.2."}}
+# %% mystnb={"figure": {"name": "fig-bn_vae-gamma", "caption": "Batch norm with three scales on held-out images: the divergence and its floor, the estimated information, and what the variances of the aggregate cost at least."}, "image": {"alt": "Curves against gamma at 0.4, 0.7 and 1.2. The divergence lies near its floor, a parabola, or above it. The estimated information grows more slowly and comes near its cap. What the variances of the aggregate cost at least is next to nothing up to 0.7 and about three nats at 1.2."}}
 gammas = [0.4, 0.7, 1.2]
 figure, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
 for key, label in (("KL", "KL"), ("mutual information", "information")):
@@ -312,7 +315,8 @@ no_spread = torch.zeros(
 )  # log-variances: the prior's own
 mu, logvar = FixedScaleLayerNorm(16, 0.7)(same, no_spread)
 print(
-    f"layer norm: divergence {kl_to_standard_normal(mu, logvar).mean():.3f} nats, floor {16 * 0.49 / 2:.3f}"
+    f"layer norm: divergence {kl_to_standard_normal(mu, logvar).mean():.3f}"
+    f" nats, floor {16 * 0.49 / 2:.3f}"
 )
 print(
     "all posteriors are one, so the code says nothing:", bool((mu == mu[0]).all())
@@ -320,7 +324,8 @@ print(
 nearly = same + 0.1 * torch.randn(64, 16, dtype=torch.float64)
 mu = FixedScaleBatchNorm(16, 0.7).double()(nearly, no_spread)[0].detach()
 print(
-    f"batch norm, with the least of differences: {kl_to_standard_normal(mu, no_spread).mean():.3f} nats"
+    "batch norm, with the least of differences: "
+    f"{kl_to_standard_normal(mu, no_spread).mean():.3f} nats"
 )
 print(
     "standard deviations of the means over the images are 0.7:",
@@ -400,7 +405,8 @@ for exponent in (0, -2, -3, -4, -5, -6):
     mu = torch.tensor([[-1.0], [1.0]], dtype=torch.float64) * v**0.5
     out = FixedScaleBatchNorm(1, 1.0).double()(mu, torch.zeros_like(mu))[0].detach()
     print(
-        f"variance 1e{exponent:+d}: share of the floor that is left {float(out.square().mean()):.5f}"
+        f"variance 1e{exponent:+d}: share of the floor that is left "
+        f"{float(out.square().mean()):.5f}"
     )
 
 # %% [markdown]
@@ -414,7 +420,8 @@ share = (
     mu.square().mean(0) / (0.49 + model.norm.beta.detach().cpu().square())
 ).double()
 print(
-    f"share of the floor at evaluation, by coordinate: {share.min():.2f} to {share.max():.2f}, mean {share.mean():.3f}"
+    f"share of the floor at evaluation, by coordinate: {share.min():.2f} to "
+    f"{share.max():.2f}, mean {share.mean():.3f}"
 )
 assert (
     0.7 < share.mean() < 1.3
@@ -499,7 +506,7 @@ STEPS_OF_A_WALK = 9
 
 
 def walks(model):
-    """Three interpolations and three traversals, an image each from shared random numbers along a row."""
+    """Three interpolations, three traversals: shared random numbers along a row."""
     mu = in_batches(model.encode, x_test[:6])
     t = torch.linspace(0, 1, STEPS_OF_A_WALK)[:, None]
     rows = [(1 - t) * mu[i] + t * mu[i + 3] for i in range(3)]

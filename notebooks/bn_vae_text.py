@@ -82,10 +82,12 @@ optimum = language.optimum(
     sentences.test, sentences.z_test, samples=1500, generator=generator
 )
 print(
-    f"\n-log p(x) is between {optimum.nll_below.mean():.2f} and {optimum.nll.mean():.2f} nats, on average"
+    f"\n-log p(x) is between {optimum.nll_below.mean():.2f} and "
+    f"{optimum.nll.mean():.2f} nats, on average"
 )
 print(
-    f"-log p(x | z) is {optimum.given_code.mean():.2f}: knowing z is worth I(x; z) = {optimum.information:.2f}"
+    f"-log p(x | z) is {optimum.given_code.mean():.2f}: knowing z is worth I(x;"
+    f" z) = {optimum.information:.2f}"
 )
 
 # %% tags=["nbval-check-output"]
@@ -137,7 +139,8 @@ for name, norm in norms.items():
         **recipe,
     )
     print(
-        f"{name:<7} {len(histories[name]['kl'])} steps in {time.perf_counter() - start:.0f} s"
+        f"{name:<7} {len(histories[name]['kl'])} steps in "
+        f"{time.perf_counter() - start:.0f} s"
     )
 
 # %% mystnb={"figure": {"name": "fig-bn_vae_text-collapse", "caption": "KL divergence and reconstruction in training."}, "image": {"alt": "Two panels over training steps. Left: the KL divergence of the plain VAE falls to 0 within the first hundred steps, that of the delta-VAE stays at 2 nats, that of the BN-VAE just above. Right: the cost of the words falls for all three, lowest for the BN-VAE."}}
@@ -234,7 +237,8 @@ for ax, (name, model) in zip(axes[1:], models.items(), strict=True):
     ax.scatter(*read.T, c=mode, cmap="tab10", s=6)
     ax.set_title(f"{name}: R² = {explained[name]:.2f}")
 plt.show()
-# An R² above 0.7 says that the modes are told apart: they make up 4/5 of the variance of z.
+# An R² above 0.7 says that the modes are told apart: they make up 4/5 of the
+# variance of z.
 assert explained["BN-VAE"] > 0.7
 
 # %% [markdown]
@@ -249,7 +253,8 @@ print(
     "plain VAE, spread of the means over the noise, by dimension:",
     [f"{r:.3f}" for r in ratio.tolist()],
 )
-# The information of a dimension is about r² / 2 nats for small r: at 0.15 it is 0.01.
+# The information of a dimension is about r² / 2 nats for small r: at 0.15 it is
+# 0.01.
 assert (ratio < 0.15).all()
 
 # %% [markdown]
@@ -268,7 +273,8 @@ for topic in torch.randint(2, (6000,), generator=choose).tolist():
     how = ("old", "small", "fine", "grey")
     pick = torch.randint(12, (5,), generator=choose).tolist()
     lines.append(
-        f"the {how[pick[0] % 4]} {who[pick[1] % 3]} {does[pick[2] % 3]} the {how[pick[3] % 4]} {what[pick[4] % 3]}"
+        f"the {how[pick[0] % 4]} {who[pick[1] % 3]} {does[pick[2] % 3]} the "
+        f"{how[pick[3] % 4]} {what[pick[4] % 3]}"
     )
 with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "lines.txt")
@@ -276,7 +282,8 @@ with tempfile.TemporaryDirectory() as folder:
         file.write("\n".join(lines))
     english = text.load_sentences(path)
 print(
-    f"{len(english.train)} + {len(english.test)} sentences, {len(english.vocabulary)} tokens"
+    f"{len(english.train)} + {len(english.test)} sentences, "
+    f"{len(english.vocabulary)} tokens"
 )
 torch.manual_seed(SEED)
 model = build(len(english.vocabulary), FixedScaleBatchNorm(DIM, 0.7))
