@@ -86,15 +86,24 @@ def test_models_need_torch_and_the_package_alone():
     assert len(known) > len(list((ROOT / "gae_core" / "models").glob("*.py")))
 
 
-def test_the_readmes_snippet_runs_on_a_copied_file(tmp_path, monkeypatch):
-    (tmp_path / "entropy.py").write_text((ROOT / "gae_core" / "entropy.py").read_text(encoding="utf-8"))
+def test_the_readmes_snippet_runs_on_copied_files(tmp_path, monkeypatch):
+    for name in ("entropy", "normalization"):
+        (tmp_path / f"{name}.py").write_text((ROOT / "gae_core" / f"{name}.py").read_text(encoding="utf-8"))
+        monkeypatch.delitem(sys.modules, name, raising=False)
     snippet = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "entropy", raising=False)
     import torch
 
-    names = {"encoder": torch.nn.Linear(5, 2), "batch": torch.randn(20, 5), "error": torch.zeros(())}
+    names = {"encoder": torch.nn.Linear(5, 2), "decoder": torch.nn.Linear(2, 5), "batch": torch.randn(20, 5), "dim": 2}
     exec(snippet, names)
     names["loss"].backward()
     assert names["encoder"].weight.grad.abs().sum() > 0
-    assert Path(sys.modules["entropy"].__file__).parent == tmp_path
+    for name in ("entropy", "normalization"):
+        assert Path(sys.modules[name].__file__).parent == tmp_path
+    # The loss has a floor: codes that are spread a thousand times as wide gain nothing.
+    before = names["loss"].item()
+    with torch.no_grad():
+        for parameter in names["encoder"].parameters():
+            parameter.mul_(1000)
+    exec(snippet, names)
+    assert names["loss"].item() == pytest.approx(before, abs=1e-2)
