@@ -43,13 +43,15 @@ def importance_weighted_nll(
 
     .. math::
 
-        -\log\frac1S\sum_{s=1}^S \frac{p(x|z_s)\,p(z_s)}{r(z_s)}, \qquad
-        r(z) = \frac14\Big(q(z|x) + q_{0.3}(z|x) + q_{0.7}(z|x) + p(z)\Big)
+        -\log\frac1S\sum_{s=1}^S \frac{p(x|z_s)\,p(z_s)}{g(z_s)}, \qquad
+        g(z) = \frac14\Big(q(z|x) + q_{0.3}(z|x) + q_{0.7}(z|x) + p(z)\Big)
 
     Implements ``def-bn_vae-mixture``; :math:`q_\delta` is q(z | x) with standard deviations of at least :math:`\delta`
-    times the prior's. The S draws go to the four in turn. The mean of the weights is unbiased for p(x) whatever r is,
-    so the expectation of the estimate is at least -log p(x) and falls to it as S grows, with an excess in 1 / S
-    (``eq-vae-iw-gap``): quote S with the figure. Here no weight exceeds 4 p(x | z), since r is at least p(z) / 4.
+    times the prior's. The S draws go to the four in turn; g has the shares that they get, which are quarters where S is
+    a multiple of four. The mean of the weights is unbiased for p(x) whatever q is, so the expectation of the estimate
+    is at least -log p(x), and it falls to it as S grows: quote S with the figure. With quarters no weight exceeds
+    4 p(x | z). The estimate is good where the posterior is about as wide as one of the four in every coordinate; where
+    it is much narrower than :math:`q_{0.3}` and q narrower still, all of them miss it.
 
     With q(z | x) as the only proposal (``def-vae-iw``, Burda et al., ICLR 2016) a q narrower than the posterior leaves
     out most of p(x) until S is astronomical, and models are punished for their encoders: see *Posterior collapse and
@@ -65,7 +67,7 @@ def importance_weighted_nll(
             :class:`gae_core.models.cvae.CVAE`; in evaluation mode.
         x: data, (n, ...), bytes or floats.
         y: condition of each x, (n, ...), for a conditional model alone.
-        samples: S. Of a multiple of eight both halves have the four proposals in equal parts.
+        samples: S, best a multiple of eight: then both halves have the four proposals in equal parts.
         proposal: "mixture", "posterior" or "prior".
         chunk_size: pairs (x, z) decoded at a time. The result does not depend on it, but for rounding.
         generator: source of the noise, on any device.
@@ -100,7 +102,7 @@ def importance_weighted_nll(
             [torch.randn(samples, model.dim, generator=generator, device=source, dtype=dtype) for _ in rows]
         )
         z = means[:, component] + scales[:, component] * eps.to(parameter.device)  # (rows, S, d)
-        log_r = torch.logsumexp(
+        log_g = torch.logsumexp(
             torch.stack(
                 [
                     standard_normal_log_prob((z - mean[:, None]) / scale[:, None]) - scale.log().sum(-1, keepdim=True)
@@ -112,7 +114,7 @@ def importance_weighted_nll(
         )
         parts = z.to(dtype).split(chunk_size, dim=1)
         log_joint = torch.cat([model.log_joint(rows, part, *condition) for part in parts], 1)
-        result.append((log_joint.double() - log_r).to(x.device))
+        result.append((log_joint.double() - log_g).to(x.device))
     log_weights = torch.cat(result)
     nll = math.log(samples) - log_weights.logsumexp(1)
     if not torch.isfinite(nll).all():

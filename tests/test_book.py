@@ -499,6 +499,26 @@ def test_the_plot_of_a_group_shows_what_all_of_its_records_have(tmp_path):
     assert draw([record("codes", "samples"), record("codes")], tmp_path / "one.png")
 
 
+def test_each_curve_has_a_panel_and_steep_ones_a_logarithmic_axis(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    from results_table import draw_panels
+
+    def record(model, steep):
+        return {"model": model, "epochs": 4, "curves": {"flat": [[1, 2], [2, 1]], "steep": [steep, steep]}}
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    draw_panels([record("one_a", [1, 2]), record("one_b", [5, 5000])], "flat; steep", tmp_path / "p.png")
+    figure = plt.gcf()
+    monkeypatch.undo()
+    plt.close("all")
+    flat, steep = figure.axes
+    assert (flat.get_title(), steep.get_title()) == ("flat", "steep")
+    assert (flat.get_yscale(), steep.get_yscale()) == ("linear", "log")
+    assert [list(line.get_ydata()) for line in steep.lines] == [[1, 2], [1, 2], [5, 5000], [5, 5000]]
+    assert list(flat.lines[0].get_xdata()) == [2, 4]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one a", "one b"]
+
+
 def test_the_plane_has_each_record_at_its_two_metrics(tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
     from results_table import draw_plane

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from gae_core import data, metrics, nets, train
+from gae_core.gaussian import standard_normal_log_prob
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.vae import IWAE, VAE
 from gae_core.studies import vae as studies
@@ -236,6 +237,34 @@ def test_a_mixtures_second_moment_is_at_most_four_times_the_best():
         assert float((joint - mixture).max()) <= float(normal(place, width).max()) + math.log(4) + 1e-12
         if sigma == 1e-2:
             assert of_each[0] > 1e6 * second(joint, mixture)  # the spike alone
+
+
+def test_a_mixture_misses_a_posterior_that_all_its_parts_are_too_wide_or_too_narrow_for():
+    """Sixteen coordinates, posterior of width 0.05 and q of a hundredth of it: the docstring's warning."""
+
+    class Exact(nn.Module):  # p(x) = 1 for the one x
+        dim = 16
+
+        def __init__(self, width, narrow):
+            super().__init__()
+            self.width, self.narrow, self.anything = width, narrow, nn.Parameter(torch.zeros(()))
+
+        def prior(self, y, like):
+            zeros = torch.zeros(len(like), self.dim)
+            return zeros, zeros
+
+        def posterior(self, x):
+            mu = torch.zeros(len(x), self.dim)
+            return mu, torch.full_like(mu, 2 * math.log(self.width * self.narrow))
+
+        def log_joint(self, x, z):
+            return standard_normal_log_prob(z / self.width) - self.dim * math.log(self.width)
+
+    def excess(width, narrow):
+        return float(importance_weighted_nll(Exact(width, narrow), torch.zeros(40, 1), generator=seeded()).nll.mean())
+
+    assert excess(0.05, 0.01) > 30
+    assert abs(excess(0.6, 0.03)) < 0.1
 
 
 def test_doubling_never_raises_the_estimate_on_its_own_draws():

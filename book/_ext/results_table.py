@@ -22,7 +22,7 @@ which commands.
     ```
 
 plots a curve of each record against the epochs, or several with ``; `` between their names (``:axis: steps`` where
-an epoch is a step),
+an epoch is a step; ``:panels:`` gives each curve a panel of its own),
 
 .. code-block:: none
 
@@ -150,6 +150,7 @@ class ResultsCurves(Parsing):
     optional_arguments = 40
     has_content = True
     option_spec = dict.fromkeys(("record", "curve", "axis", "alt"), directives.unchanged_required)
+    option_spec["panels"] = directives.flag
 
     def run(self):
         """Return the figure."""
@@ -160,8 +161,10 @@ class ResultsCurves(Parsing):
             self.env.note_dependency(str(path))
         try:
             found = [records.check(path) for path in paths]
-            plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-curves-{'-'.join(self.arguments)}.png"
-            draw_curves(found, curve, plot, axis=self.options.get("axis", "epochs"))
+            names = "-".join([*self.arguments, *"".join(c if c.isalnum() else " " for c in curve).split()])
+            plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-curves-{names}.png"
+            draw = draw_panels if "panels" in self.options else draw_curves
+            draw(found, curve, plot, axis=self.options.get("axis", "epochs"))
         except (KeyError, OSError, ValueError) as error:
             raise self.error(f"results-curves: no {curve!r} of {', '.join(self.arguments)}: {error}") from error
         page = Path(self.env.doc2path(self.env.docname)).parent
@@ -385,6 +388,34 @@ def draw_curves(found: list[dict], curve: str, path: Path, *, axis: str = "epoch
             ax.plot(epochs, values, ".-", color=f"C{i}", markersize=4, label=text if seed == 0 else None)
     ax.set(xlabel=axis, ylabel=curve if len(names) == 1 else None)
     ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def draw_panels(found: list[dict], curve: str, path: Path, *, axis: str = "epochs") -> None:
+    """Draw each curve in a panel of its own, on a logarithmic axis where its values are powers of ten apart."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    names = curve.split("; ")
+    rows = -(-len(names) // 2)
+    fig, axes = plt.subplots(rows, 2, figsize=(9, 2.6 * rows), layout="constrained", squeeze=False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        every = [value for record in found for values in record["curves"][name] for value in values]
+        for i, record in enumerate(found):
+            for seed, values in enumerate(record["curves"][name]):
+                epochs = [record["epochs"] * (step + 1) / len(values) for step in range(len(values))]
+                label = record["model"].replace("_", " ") if seed == 0 else None
+                ax.plot(epochs, values, ".-", color=f"C{i}", markersize=4, linewidth=1, label=label)
+        if min(every) > 0 and max(every) > 1000 * min(every):
+            ax.set_yscale("log")
+        ax.set(xlabel=axis, title=name)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    for ax in axes.flat[len(names) :]:
+        ax.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
     plt.close(fig)
