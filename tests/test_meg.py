@@ -251,6 +251,44 @@ def test_the_limit_of_the_least_average_precision():
         assert abs(sp.N((limit - claimed).subs(share, value), 30)) < 1e-25
 
 
+def test_between_which_values_the_average_precision_lies_at_a_given_auroc():
+    """The exercise: its two ends are reached by scores, and other shares f of normal samples lie between them."""
+    auroc, share, cells = 0.3, 0.388, 4000
+    t = (np.arange(cells) + 0.5) / cells
+
+    def auprc(f):
+        return (share * t / (share * t + (1 - share) * f)).mean()
+
+    c = 1.5 * ((1 - auroc) * (1 - share) + share / 2)
+    least, largest = 2 * share / (3 * c), 1 + (1 - share) / share * math.log(1 - share + share * auroc)
+    assert (round(c, 3), round(least, 3), round(largest, 3)) == (0.934, 0.277, 0.500)
+    f = {least: (c * np.sqrt(t) - share * t) / (1 - share), largest: (t > auroc).astype(float)}
+    assert (np.diff(f[least]) > 0).all() and f[least][0] >= 0 and f[least][-1] < 1
+    for right, above in f.items():
+        assert above.mean() == pytest.approx(1 - auroc, abs=1e-3) and auprc(above) == pytest.approx(right, abs=1e-3)
+        # the same as scores: of n normal samples the share f stands above the best t of the anomalies
+        n = round(cells * (1 - share) / share)
+        places = np.searchsorted(above, (np.arange(n) + 0.5) / n) - 0.5
+        scores = -torch.from_numpy(np.concatenate([np.arange(cells), places]))
+        found = metrics.detection(scores, torch.arange(cells + n) < cells)
+        assert found.prevalence == pytest.approx(share, abs=1e-3)
+        assert found.auroc == pytest.approx(auroc, abs=1e-3) and found.auprc == pytest.approx(right, abs=1e-3)
+
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(500):  # two steps: extreme points of the rising functions of this mean
+        a, b = np.sort(rng.random(2))
+        h = (b - auroc) / (b - a)
+        if 0 <= h <= 1:
+            found.append(auprc(np.where(t > b, 1, np.where(t > a, h, 0))))
+    for _ in range(200):  # and smooth ones: a mixture of powers with that mean
+        powers = np.array([[rng.uniform(0.01, 0.4)], [rng.uniform(0.5, 3)]])
+        means = 1 / (1 + powers[:, 0])
+        weight = (1 - auroc - means[1]) / (means[0] - means[1])
+        found.append(auprc(weight * t ** powers[0] + (1 - weight) * t ** powers[1]))
+    assert len(found) > 300 and least - 1e-3 < min(found) < 0.29 and 0.49 < max(found) < largest + 1e-3
+
+
 PUBLISHED = {  # held-out digit: VAE, MEG, chance, least, as in the chapter's table
     1: (0.063, 0.281, 0.388, 0.226),
     4: (0.337, 0.401, 0.351, 0.200),
@@ -878,30 +916,128 @@ def record(name, data_name="plane"):
     return json.loads((RESULTS / name / f"{data_name}-medium.json").read_text(encoding="utf-8"))["metrics"]
 
 
-def test_the_chapters_reading_of_the_runs_on_25_gaussians():
-    meg, plain, wgan, best = (record(f"meg_{name}") for name in ("toy", "toy_plain", "toy_wgan_gp", "optimum_0.1"))
-    runs = [json.loads((RESULTS / f"meg_toy{n}/plane-medium.json").read_text()) for n in ("", "_plain", "_wgan_gp")]
-    assert [run["steps"] for run in runs] == [[1, 5], [1, 5], [5, 1]] and {run["epochs"] for run in runs} == {30}
-    assert meg["modes of 25"]["by seed"] == [25, 25, 25] and plain["modes of 25"]["by seed"] == [0, 0, 0]
-    assert sorted(wgan["modes of 25"]["by seed"]) == [22, 24, 25]
-    other = record("meg_toy_reconstruct")
-    assert other["modes of 25"]["by seed"] == [25, 25, 25]
-    assert abs(other["high quality, %"]["mean"] - meg["high quality, %"]["mean"]) < 2
-    assert min(other["KL of mode shares"]["by seed"]) > max(meg["KL of mode shares"]["by seed"])
-    assert meg["KL of mode shares"]["mean"] == pytest.approx(24 / 5000, abs=4 * math.sqrt(12 / 3) / 2500)  # chi-squared
-    ahead = record("meg_toy_plain_ahead")
-    assert ahead["modes of 25"]["by seed"] == [0, 0, 0]
-    assert min(ahead["slope² at data"]["by seed"]) > 100 * best["slope² at data"]["mean"]
-    outside = [spread > 40 for spread in ahead["spread, σ"]["by seed"]]  # no place inside is as far from all modes
-    assert sum(outside) == 2
-    high, limit = meg["high quality, %"]["by seed"], best["high quality, %"]["mean"]
-    assert all(limit / 2 < share < limit for share in high) and round(limit) == 41
-    assert max(wgan["high quality, %"]["by seed"]) < min(high)
-    assert wgan["high quality, %"]["mean"] / meg["high quality, %"]["mean"] == pytest.approx(0.5, abs=0.05)
-    assert all(2 < slope / best["slope² at data"]["mean"] < 4 for slope in meg["slope² at data"]["by seed"])
-    assert min(meg["spread, σ"]["by seed"]) > best["spread, σ"]["mean"] == pytest.approx(2.4, abs=0.05)
-    excess = [kl - best["KL(data | energy)"]["mean"] for kl in meg["KL(data | energy)"]["by seed"]]
-    assert all(1.8 < nats < 2 for nats in excess)
+HIGH, KL, SLOPE, SHARES = "high quality, %", "KL(data | energy)", "slope² at data", "KL of mode shares"
+OWN = f"energy: {HIGH}"
+
+
+def by_seed(name, metric):
+    return np.array(record(f"meg_{name}")[metric]["by seed"])
+
+
+def paired(one, other, metric):
+    """Mean difference of two records in the seeds that both have, its standard error, and how many are positive."""
+    a, b = by_seed(one, metric), by_seed(other, metric)
+    difference = a[: len(b)] - b[: len(a)]
+    return difference.mean(), difference.std(ddof=1) / math.sqrt(len(difference)), (difference > 0).mean()
+
+
+def test_the_chapters_records_of_the_plane_are_of_one_recipe():
+    paths = RESULTS.glob("meg_toy*/plane-medium.json")
+    runs = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    main = runs["meg_toy"]
+    assert {len(runs[name]["seeds"]) for name in ("meg_toy", "meg_toy_likelihood_brief", "meg_toy_flat")} == {8}
+    for run in runs.values():
+        assert run["seeds"] == list(range(len(run["seeds"]))) and len(run["seeds"]) >= 3
+        if "width" in run:
+            assert all(run[key] == main[key] for key in ("width", "rows", "batch_size", "features", "betas", "scale"))
+    order = {name: runs[f"meg_toy{name}"]["steps"] for name in ("", "_plain", "_plain_ahead", "_wgan_gp", "_knn")}
+    assert order == {"": [1, 5], "_plain": [1, 5], "_plain_ahead": [5, 1], "_wgan_gp": [5, 1], "_knn": [1, 5]}
+    brief, control = runs["meg_toy_likelihood_brief"], runs["meg_toy_likelihood"]
+    assert main["epochs"] * main["rows"] // main["batch_size"] == 12_000
+    assert (brief["lr"], 6 * brief["epochs"]) == (main["lr"], main["epochs"])
+    assert (control["lr"], control["epochs"]) == (3 * main["lr"], 3 * brief["epochs"])
+    assert main["lam"] == brief["lam"] == control["lam"] == 0.1
+
+
+def test_the_chapters_reading_of_the_energies():
+    best = {name: record("meg_optimum_0.1")[name]["mean"] for name in (KL, OWN, SLOPE)}
+    control, brief, game = (by_seed(name, KL) for name in ("toy_likelihood", "toy_likelihood_brief", "toy"))
+    assert abs(control.mean() - best[KL]) < 0.1 and abs(by_seed("toy_likelihood", OWN).mean() - best[OWN]) < 3
+    assert round(best[OWN]) == 41 and round(by_seed("toy", OWN).mean()) == 5 and round(game.mean(), 1) == 3.6
+    assert round(brief.mean() - best[KL], 1) == 1.3 and brief.mean() - best[KL] > (game.mean() - best[KL]) / 2
+    gap, error, positive = paired("toy", "toy_likelihood_brief", KL)
+    assert (round(gap, 1), round(error, 1), positive) == (1.0, 0.2, 1)
+    assert paired("toy", "toy_likelihood_brief", OWN)[2] == 0
+    assert (by_seed("toy_likelihood_brief", SLOPE) > best[SLOPE]).all()
+    assert paired("toy", "toy_likelihood_brief", SLOPE)[2] == 0, "the game's slope is no larger"
+    flat = by_seed("toy_flat", KL).mean()
+    assert round(flat, 1) == 4.9 and round(flat - game.mean(), 1) == 1.3 and round(flat - best[KL], 1) == 3.5
+    difference = by_seed("toy_knn", KL) - by_seed("toy", KL)[: len(by_seed("toy_knn", KL))]
+    assert paired("toy_knn", "toy", OWN)[2] == 1 and by_seed("toy_knn", OWN).mean() > 2 * by_seed("toy", OWN).mean()
+    assert difference.min() < -0.1 and difference.max() > 5
+    assert (
+        paired("toy_knn", "toy", SLOPE)[2] == 1 and by_seed("toy_knn", SLOPE).mean() > 3 * by_seed("toy", SLOPE).mean()
+    )
+
+
+def test_the_chapters_reading_of_the_samples():
+    high, best = by_seed("toy", HIGH), record("meg_optimum_0.1")
+    assert (by_seed("toy", "modes of 25") == 25).all()
+    assert [round(f(high)) for f in (min, max)] == [17, 60]
+    assert (high > best[HIGH]["mean"]).sum() == 4 and len(high) == 8
+    within = by_seed("toy", "spread within 3σ, σ")
+    assert round(within.mean(), 1) == 1.2 and round(best["spread within 3σ, σ"]["mean"], 1) == 1.5
+    assert within.min() > 0.974
+    assert (by_seed("toy", "energy: spread, σ") > by_seed("toy", "spread, σ")).all()
+    assert 24 / 5000 < by_seed("toy", SHARES).mean() < 0.01
+    for name in ("plain", "plain_ahead"):
+        assert (by_seed(f"toy_{name}", "modes of 25") == 0).all()
+    assert by_seed("toy_plain_ahead", SLOPE).min() > 100 * best[SLOPE]["mean"]
+    assert (by_seed("toy_plain_ahead", "spread, σ") > 40).any()  # no place inside is as far from all modes
+    difference, error, _ = paired("toy_reconstruct", "toy", HIGH)
+    assert abs(difference) < 2 * error
+    assert (by_seed("toy_source", "modes of 25") < 25).any()
+    assert by_seed("toy_wgan_gp", "modes of 25").min() > 20
+    assert high.mean() > 2 * by_seed("toy_wgan_gp", HIGH).mean() > 0.8 * high.min()
+    # nearest neighbours: the better energy, and samples that have no more of high quality than an energy
+    assert paired("toy_knn", "toy", HIGH)[2] == 0 and (by_seed("toy_knn", HIGH) < by_seed("toy_knn", OWN)).all()
+    assert by_seed("toy_flat", "modes of 25").mean() == 18
+
+
+def test_the_chapters_reading_of_the_course():
+    curves = json.loads((RESULTS / "meg_toy/plane-medium.json").read_text(encoding="utf-8"))["curves"]
+    curve = {name: np.array(values) for name, values in curves.items()}
+    half, end = curve["epoch"][0].tolist().index(15), -1
+    assert curve["epoch"][0][end] == 30
+    high = curve[HIGH]
+    assert (high[:, end] > high[:, half]).all() and round(high[:, end].mean() / high[:, half].mean(), 1) == 1.7
+    change = curve[KL][:, end] - curve[KL][:, half]
+    assert abs(change.mean()) < 1.5 * change.std(ddof=1) / math.sqrt(len(change))
+    own = curve[OWN]
+    first_third = own[:, :4].max(1)
+    assert (first_third > 1.7).all() and np.median(own.max(1) - own[:, end]) > 0
+
+
+def test_the_chapters_reading_of_the_orders_of_steps():
+    ahead, equal, behind = "toy_5_1", "toy_1_1", "toy_1_10"
+    assert by_seed(ahead, "modes of 25").max() <= 1 and by_seed(ahead, KL).min() > 100
+    assert np.median(by_seed(ahead, SLOPE)) > 100 and by_seed(ahead, SLOPE).max() > 1000
+    found = np.array(json.loads((RESULTS / f"meg_{equal}/plane-medium.json").read_text())["curves"]["modes of 25"])
+    assert (found.max(1) - found[:, -1] >= 2).all() and by_seed(equal, "modes of 25").max() < 20
+    assert by_seed(equal, KL).min() > 20
+    run = json.loads((RESULTS / f"meg_{behind}/plane-medium.json").read_text(encoding="utf-8"))
+    assert run["steps"] == [1, 10] and -(-12_000 // sum(run["steps"])) == 1091
+    assert (by_seed(behind, "modes of 25") == 25).all()
+    assert paired(behind, "toy", KL)[2] == 1 and paired(behind, "toy", HIGH)[2] == 0
+
+
+def test_the_chapters_reading_of_the_surrogates_alone():
+    jsd, noise, knn = (by_seed(f"fixed_{name}", "KL within modes") for name in ("jsd", "noise", "knn"))
+    for name in ("jsd", "noise", "knn"):
+        assert (by_seed(f"fixed_{name}", "modes of 25") == 1).all()
+        assert by_seed(f"fixed_{name}", SHARES) == pytest.approx(math.log(25), abs=1e-9)
+    assert jsd.min() > 3 and noise.max() < 1 and abs(knn).max() < 0.1
+    width = 1 / 9  # of a round spot in the plane
+    assert width**2 - 1 - 2 * math.log(width) == pytest.approx(jsd.mean(), abs=0.2)
+    run = json.loads((RESULTS / "meg_fixed_jsd/plane-medium.json").read_text(encoding="utf-8"))
+    assert run["epochs"] * run["rows"] // run["batch_size"] == 4000
+
+
+def test_the_chapters_reading_of_the_remedies_in_the_game():
+    assert all((by_seed(f"toy_{name}", "modes of 25") < 20).any() for name in ("noise", "knn"))
+    assert paired("toy_noise", "toy", SLOPE)[2] == 1 and by_seed("toy_noise", HIGH).max() < 10
+    assert paired("toy_noise", "toy", KL)[2] == 1 and paired("toy_noise", "toy", OWN)[2] == 1
+    assert paired("toy_noise", "toy", HIGH)[2] == 0
 
 
 def test_the_chapters_reading_of_the_optimum():
@@ -912,20 +1048,13 @@ def test_the_chapters_reading_of_the_optimum():
 
 
 def test_the_chapters_reading_of_the_curve_over_the_weight():
-    paper, tenth = record("meg_toy"), record("meg_toy_0.01")
-    best = record("meg_optimum_0.01")["slope² at data"]["mean"]
-    assert tenth["high quality, %"]["mean"] > paper["high quality, %"]["mean"]
-    assert tenth["spread, σ"]["mean"] < paper["spread, σ"]["mean"]
-    assert sorted(tenth["modes of 25"]["by seed"]) == [22, 22, 25]
-    steep = [slope / best for slope in tenth["slope² at data"]["by seed"]]
-    assert 4 < min(steep) and 18 < max(steep) < 18.5
-    divergences = tenth["KL(data | energy)"]["by seed"]
-    assert sum(kl > 30 for kl in divergences) == 1 and min(divergences) > max(paper["KL(data | energy)"]["by seed"])
-    assert min(tenth["KL of mode shares"]["by seed"]) > max(paper["KL of mode shares"]["by seed"])
-    hundredth = record("meg_toy_0.001")
-    assert sorted(hundredth["modes of 25"]["by seed"]) == [3, 22, 24]
-    assert [round(f(hundredth["KL(data | energy)"]["by seed"])) for f in (min, max)] == [24, 56]
-    assert round(record("meg_optimum_0.001")["high quality, %"]["mean"]) == 78
+    best = record("meg_optimum_0.01")[SLOPE]["mean"]
+    difference, error, _ = paired("toy_0.01", "toy", HIGH)
+    assert abs(difference) < 4.3 * error  # Student's quantile for three seeds
+    assert (by_seed("toy_0.01", "modes of 25") < 25).any() and (by_seed("toy_0.01", SLOPE) > 4 * best).all()
+    assert by_seed("toy_0.01", KL).min() > by_seed("toy", KL).max() and (by_seed("toy_0.01", KL) > 30).any()
+    assert (by_seed("toy_0.001", "modes of 25") < 25).all() and by_seed("toy_0.001", KL).min() > 20
+    assert round(record("meg_optimum_0.001")[HIGH]["mean"]) == 78
 
 
 def test_the_chapters_reading_of_the_runs_on_stacked_digits():
