@@ -131,12 +131,12 @@ class Chains:
 
     @cached_property
     def r_hat(self) -> Tensor:
-        """Split R-hat of each coordinate, (dim,): do the chains agree in their means?"""
+        """Split R-hat of each coordinate, (dim,), which tells whether the chains agree in their means."""
         return split_rhat(self.samples)
 
     @cached_property
     def rank_r_hat(self) -> Tensor:
-        """Rank-normalised R-hat of each coordinate, (dim,): do they agree in place and in spread?"""
+        """Rank-normalised R-hat of each coordinate, (dim,), which tells of their spreads too."""
         return rank_rhat(self.samples)
 
 
@@ -217,7 +217,8 @@ def mala(
             does not depend on z, is NaN or -inf, or has no finite gradient where it is finite.
         FloatingPointError: if a chain passes ``limit``. That guards the run and is no test of the energy. Where e^{-U}
             has no finite integral, chains run away if U is flat far out; but if it falls ever more steeply, as -z²/2
-            does, steps outwards are refused ever more often and the chains stay, with an R-hat far above 1.
+            does, steps outwards are refused ever more often. With a fixed step the chains then all but stop, with an
+            R-hat far above 1; in a warm-up they run outwards, and ``step_size`` falls towards 0.
 
     Source: Roberts and Tweedie, *Exponential convergence of Langevin distributions*, Bernoulli 1996; the acceptance,
     Roberts and Rosenthal, JRSS B 1998.

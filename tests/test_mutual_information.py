@@ -415,6 +415,36 @@ def test_raising_the_bound_is_not_raising_the_information():
     assert float(reconstruction_terms(z, torch.zeros_like(z)).mean()) == pytest.approx(0, abs=0.01)
 
 
+def test_a_sigma_that_depends_on_x_sees_the_size_of_a_folded_code_and_no_more():
+    """The best one leaves -E log E[z² | x] / 2: more than 0, and for every noise less than -E log z² / 2."""
+
+    def bound(tau):
+        density = folded(tau)
+        s2 = tau**2 / (1 + tau**2)  # z = |z| is normal with this variance, cut off at 0, given x
+
+        def square(x):
+            m = x / (1 + tau**2)
+            return m**2 + s2 + m * mp.sqrt(s2) * normal(m / mp.sqrt(s2)) / mp.ncdf(m / mp.sqrt(s2))
+
+        return quad(lambda x: -density(x) * mp.log(square(x)) / 2, mp.linspace(-10 * tau, 12, 60))
+
+    with mp.workdps(15):
+        x, tau = mp.mpf("0.4"), mp.mpf("0.2")  # the second moment, by quadrature
+        joint = lambda z: 2 * normal(z) * normal(x, z, tau**2)
+        knots = mp.linspace(0, 3, 20)
+        second = quad(lambda z: z * z * joint(z), knots) / quad(joint, knots)
+        m, s = x / (1 + tau**2), tau / mp.sqrt(1 + tau**2)
+        assert abs(second - m**2 - s**2 - m * s * normal(m / s) / mp.ncdf(m / s)) < 1e-12
+        found = [bound(mp.mpf(t)) for t in ("1", "0.2", "0.05", "0.01")]
+        limit = (mp.euler + mp.log(2)) / 2
+        assert abs(quad(lambda z: -2 * normal(z) * mp.log(z), [0, "1e-6", "1e-3", 0.1, 1, 4, 12]) - limit) < 1e-5
+        assert mp.nstr(limit, 3) == "0.635" and mp.nstr(found[1], 2) == "0.44"
+        assert 0 < found[0] < found[1] < found[2] < found[3] < limit < found[3] + mp.mpf("0.03")
+        line = mp.log(1 + 1 / mp.mpf("0.5") ** 2) / 2  # tight there, and more than the limit
+        assert line > limit > found[2]
+        assert folded_information(mp.mpf("0.05")) > line + mp.mpf("0.5")
+
+
 @pytest.mark.parametrize(("fold", "line"), [("0.2", "1"), ("0.2", "0.2"), ("0.05", "0.3"), ("0.7", "2")])
 def test_a_fold_with_less_noise_has_less_entropy_though_it_may_have_more_information(fold, line):
     """|z| + fold eps has a variance below 1 + line², and no density of that variance has more than the normal one."""

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import sympy as sp
 import torch
 from helpers import assert_z
 from scipy.stats import multivariate_normal, norm, rankdata
@@ -516,6 +517,29 @@ def test_a_density_that_is_none_may_pass_unnoticed_but_for_r_hat():
     run = mala(lambda z: -quadratic(z), normal(60, 2), step_size=1.0, n_steps=2000, generator=generator(12))
     assert float(run.acceptance.mean()) < 0.1
     assert float(run.r_hat.min()) > 3
+    assert float(run.samples.norm(dim=2).max()) < 60  # in 2,000 steps
+
+
+def test_a_warm_up_lets_chains_of_no_density_run_with_ever_smaller_steps():
+    """The third sign: the step falls like 1 / |z|, so that the acceptance stays near its target."""
+    found = []
+    for warmup in (500, 1500):
+        start = normal(20, 2)
+        run = mala(lambda z: -quadratic(z), start, step_size=1.0, n_steps=1, warmup=warmup, generator=generator(12))
+        radius = float(run.samples[0].norm(dim=1).mean())
+        assert 0.5 < radius / warmup < 0.7
+        found.append((radius, run.step_size))
+    (near, long), (far, short) = found
+    assert short < long / 2 < 0.02
+    assert short * far == pytest.approx(long * near, rel=0.15)
+
+
+def test_the_acceptance_without_a_density_falls_with_every_step_outwards():
+    """It is exp(-eps (|z'|² - |z|²) / 8) for U = -|z|²/2, from the ratio of the two proposals."""
+    z, w, eps = sp.symbols("z w epsilon", positive=True)
+    drift = 1 + eps / 2
+    forth, back = (w - drift * z) ** 2 / (2 * eps), (z - drift * w) ** 2 / (2 * eps)
+    assert sp.expand((w**2 - z**2) / 2 + forth - back + eps * (w**2 - z**2) / 8) == 0
 
 
 def autoregressive(phi, n, chains, seed=0):

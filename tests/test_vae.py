@@ -983,6 +983,44 @@ def test_the_bounds_rise_to_the_likelihood_with_a_gap_of_one_over_k(low, high, s
         assert abs(errors[1] / errors[0] - mp.mpf(1) / 2) < 0.02, "what is left is of the next order"
 
 
+@pytest.mark.checks("eq-vae-iw-gap", how="exact")
+def test_the_gap_needs_no_finite_mean_of_the_inverse_weight():
+    """Weights uniform on [0, 1]: E 1/w is infinite, E w^(-1/2) is 2, and the gap is 1/(6k) to first order."""
+    with mp.workdps(25):
+
+        def bound(k):  # log s is the integral of (e^-t - e^-ts)/t, and E e^-tw = (1 - e^-t)/t
+            knots = [mp.mpf(10) ** -15, 1e-6, 0.01, 0.1, 1, 3, 10, 30, 100, 1000, mp.mpf(10) ** 5, mp.mpf(10) ** 8]
+            return mp.quad(lambda t: (mp.exp(-t) - (-k * mp.expm1(-t / k) / t) ** k) / t, knots)
+
+        assert abs(bound(1) + 1) < 1e-7 and abs(bound(2) - mp.log(2) + mp.mpf(3) / 2) < 1e-10
+        errors = [k * (mp.log(mp.mpf(1) / 2) - bound(k)) - mp.mpf(1) / 6 for k in (20, 40, 80)]
+        assert abs(errors[0]) < 0.01
+        for wide, narrow in itertools.pairwise(errors):
+            assert abs(narrow / wide - mp.mpf(1) / 2) < 0.05
+        # The step of the proof: for two weights and a = 1/2 the mean inverse of the mean is finite.
+        inverse = mp.quad(lambda s: 2 / s * (s if s < 1 else 2 - s), [0, 1, 2])
+        assert abs(inverse - 4 * mp.log(2)) < 1e-15 and inverse <= mp.quad(lambda w: w**-0.5, [0, 1]) ** 2
+
+
+def test_more_linear_codes_than_pixels_are_unused():
+    """The largest mean ELBO of three codes for two pixels is that of the formula with a third eigenvalue of 0."""
+    s2, covariance = 0.5, torch.diag(torch.tensor([4.0, 0.3], dtype=torch.float64))
+
+    def best_elbo(w):
+        """With the best encoder, up to a constant: the likelihood, less what a diagonal q misses of the posterior."""
+        marginal = w @ w.T + s2 * torch.eye(2, dtype=torch.float64)
+        precision = torch.eye(3, dtype=torch.float64) + w.T @ w / s2
+        missed = precision.diagonal().log().sum() - torch.logdet(precision)
+        return float(-0.5 * (torch.trace(torch.linalg.solve(marginal, covariance)) + torch.logdet(marginal) + missed))
+
+    best = torch.zeros(2, 3, dtype=torch.float64)
+    best[0, 0] = math.sqrt(4 - s2)
+    for trial in range(300):
+        noise = torch.randn(2, 3, generator=seeded(trial), dtype=torch.float64)
+        for w in (best + 0.01 * noise, best + 0.3 * noise, 2 * noise):
+            assert best_elbo(w) < best_elbo(best)
+
+
 @pytest.mark.checks("eq-vae-iw-tail", how="exact")
 @pytest.mark.parametrize("k", [1, 7, 60])
 def test_the_lower_tail_of_a_mean_of_weights_is_exponential(k):
