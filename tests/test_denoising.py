@@ -346,6 +346,44 @@ def test_the_bounds_of_walkbacks_optimum():
         assert abs(worth((tau + tau**2) / 2) / worth(tau) - 1.5) < 1e-8
         assert abs(worth(end[3]) - (mp.sqrt(2) - 1)) < mp.mpf(10) ** -20
         assert 500 < 1000 * worth(end[4]) < 600
+        assert mp.nstr(worth(own_optimum(mp.mpf("0.99"), 5)), 2) == "0.57"
+        # With two steps it gains a third on the mean of the powers, with three without bound.
+        worths = [worth(own_optimum(tau, k)) / worth(mp.fsum(tau**j for j in range(1, k + 1)) / k) for k in (2, 3)]
+        assert abs(worths[0] - mp.mpf(4) / 3) < 1e-8 and worths[1] > 1000
+
+
+@pytest.mark.checks("eq-denoising-walkback-fixed", how="exact")
+@pytest.mark.parametrize("make", [finite, slowed])
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_no_other_answer_to_its_own_walk_reversible_or_not(make, k):
+    """Started anywhere, best answers end at one chain; and the steps by which the proof excludes all others."""
+    p, C, P = make(1)
+    T, root = C @ P, np.sqrt(p)
+
+    def norm(S):
+        return np.linalg.norm(root[:, None] * (S - p) / root, 2)  # on the functions of mean 0
+
+    ends, rng = [P, *np.random.default_rng(k).dirichlet(np.full(5, 0.3), (3, 5))], np.random.default_rng(k + 10)
+    for _ in range(2000):
+        ends = [walkback(p, C, end, k)[1] for end in ends]
+    assert max(np.abs(end - ends[0]).max() for end in ends) < 1e-12
+    tau, R = norm(T), C @ ends[0]
+    s = float(own_optimum(tau, k))
+    assert norm(R) == pytest.approx(s, abs=1e-10)
+    assert tau * sum(j * s ** (j - 1) for j in range(1, k)) / k < 1
+    # For any chain that leaves p invariant the best answer is P* a(S'), S' its adjoint.
+    for _ in range(3):
+        joint = rng.dirichlet(np.ones(25)).reshape(5, 5)
+        for _ in range(500):  # both marginals p
+            joint *= (p / joint.sum(1))[:, None]
+            joint *= p / joint.sum(0)
+        answer = P @ (joint / joint.sum(1, keepdims=True))
+        S = C @ answer
+        assert np.abs(p[:, None] * S - (p[:, None] * S).T).max() > 1e-3  # not reversible
+        np.testing.assert_allclose(p @ S, p, atol=1e-12)
+        adjoint = (p[:, None] * S).T / p[:, None]
+        a = sum(np.linalg.matrix_power(adjoint, j) for j in range(k)) / k
+        np.testing.assert_allclose(walkback(p, C, answer, k)[1], P @ a, atol=1e-11)
 
 
 @pytest.mark.checks("eq-denoising-walkback-blur", how="exact")
