@@ -732,6 +732,10 @@ def test_the_chapters_reading_of_the_published_language():
         assert of(name) < plain
     for name, by in (("bn_1.0", 0.13), ("coupled_0.5", 0.14), ("coupled_0.5_annealed", 0.2)):
         assert clear(name, "plain") and plain - of(name) == pytest.approx(by, abs=0.03)
+    for name in ("bn_0.7_annealed", "coupled_0.5_annealed"):
+        assert clear(name, "plain") and 0.2 < plain - of(name) < 0.24
+    assert not clear("bn_0.7_annealed", "coupled_0.5_annealed")
+    assert not clear("coupled_0.5_adam", "plain") and abs(of("coupled_0.5_adam") - of("coupled_0.5_annealed")) < 0.02
     assert of("bn_1.0", "MI") == pytest.approx(2.86, abs=0.1) == of("coupled_0.5", "MI")
     # ... a committed rate and too much spread do.
     assert of("delta", "MI") < 2 / 3 and of("delta") - plain == pytest.approx(0.25, abs=0.05)
