@@ -117,7 +117,8 @@ blank = (
 )
 print(f"squared error: seen {seen:.2f}, unseen {unseen:.2f}, ", end="")
 print(f"unseen by the mean image {blank:.2f}")
-# Far below the mean image, which knows nothing of the input, and near the error on training images.
+# Far below the mean image, which knows nothing of the input, and near the error on
+# training images.
 assert unseen < 0.6 * blank and unseen < 1.5 * seen
 
 # %% [markdown]
@@ -239,7 +240,8 @@ report = metrics.gaussianity(z)  # of the eight-dimensional codes
 print("mean Kolmogorov-Smirnov distance of a coordinate to N(0, 1): ", end="")
 print(f"{report.ks_marginal:.2f}")
 print(f"the same for |z|² and its chi-squared law: {report.ks_radius:.2f}")
-# Codes drawn from N(0, I) would exceed 0.02 once in twenty times for these numbers of images, or less often.
+# Codes drawn from N(0, I) would exceed 0.02 once in twenty times for these numbers
+# of images, or less often.
 assert report.ks_radius > 0.5
 
 # %% [markdown]

@@ -237,7 +237,8 @@ for c in columns:
     print(f"{c:<22}" + "".join(f"{v[c]:>16.2f}" for v in measured.values()))
 print(
     "the information cannot exceed "
-    f"{measured['no norm']['cap of the information']:.2f}, the logarithm of the images"
+    f"{measured['no norm']['cap of the information']:.2f}, the logarithm of the "
+    "images"
 )
 
 # %% tags=["nbval-check-output"]

@@ -130,7 +130,7 @@ def slowest(P):
 
 
 def optimum(tau, k):
-    """The solution s < 1 of s = tau (1 + s + ... + s^(k-1)) / k, from tau downwards."""
+    """The solution s < 1 of s = tau (1 + s + ... + s^(k-1)) / k, from above."""
     s = tau
     for _ in range(20_000):
         s = tau * sum(s**j for j in range(k)) / k
@@ -235,9 +235,11 @@ for sigma in levels:
         for s in (sigma, 0.0)
     )
     print(
-        f"sigma = {sigma}: mean distance from the smoothed score {smoothed:.2f}, from that of the data {bare:.2f}"
+        f"sigma = {sigma}: mean distance from the smoothed score {smoothed:.2f}, "
+        f"from that of the data {bare:.2f}"
     )
-    # a small network on 8,000 draws; the error of a score is that of the denoiser divided by sigma squared
+    # a small network on 8,000 draws; the error of a score is that of the denoiser
+    # divided by sigma squared
     assert smoothed < 0.04 / sigma**2 and (smoothed < bare or sigma < 0.5)
 
 # %% [markdown]
@@ -271,7 +273,8 @@ for name, walkback in (("without walkback", 1), ("with walkback", 4)):
     )
     first = history["first"][-50:].mean()
     print(
-        f"{name:<18} {passes} epochs, {time.perf_counter() - start:.0f} s, nats a clean image {first:.1f}"
+        f"{name:<18} {passes} epochs, {time.perf_counter() - start:.0f} s, nats a "
+        f"clean image {first:.1f}"
     )
 
 # %% mystnb={"figure": {"name": "fig-denoising-chains", "caption": "Chains from six held-out images, every fourth step; above without walkback, below with it."}, "image": {"alt": "Two blocks of six rows of sixteen images. Each row starts with a digit and shows later steps of a chain."}}
@@ -299,7 +302,8 @@ with torch.no_grad():
         kept[name] = float(((restored - mean) * away).sum() / away.square().sum())
         grey = float(((restored > 0.1) & (restored < 0.9)).float().mean())
         print(
-            f"{name:<18} {kept[name]:.2f} of the distance kept, {grey:.0%} of the pixels grey"
+            f"{name:<18} {kept[name]:.2f} of the distance kept, {grey:.0%} of the "
+            "pixels grey"
         )
 assert kept["with walkback"] < kept["without walkback"]  # drifted to the mean
 
@@ -331,7 +335,8 @@ for name, x in runs.items():
     )
     worth[name] = mixing(labels[name], int(images.y_train.max()) + 1).ess
     print(
-        f"{name:<18} Fréchet {found[name][0]:8.1f}, another label after 40 steps: {found[name][1]:.0%}",
+        f"{name:<18} Fréchet {found[name][0]:8.1f}, another label after 40 steps: "
+        f"{found[name][1]:.0%}",
         end=", ",
     )
     print(f"1,000 steps are worth {worth[name]:.0f} labels")
@@ -401,7 +406,8 @@ for lam in (0.0, 1.0):
         float(loss.reconstruction.mean()),
     )
     print(
-        f"lambda = {lam}: squared Jacobian {contractions[lam][0]:.2f}, squared error {contractions[lam][1]:.2f}"
+        f"lambda = {lam}: squared Jacobian {contractions[lam][0]:.2f}, squared "
+        f"error {contractions[lam][1]:.2f}"
     )
 assert contractions[1.0][0] < 0.2 * contractions[0.0][0]  # what is penalised falls
 walked = model.chain(

@@ -174,7 +174,8 @@ print(
     "it more than halves the distance:",
     frechet["batch norm alone"] < 0.5 * frechet["plain autoencoder"],
 )
-# The EAE is nearer than batch norm alone on MNIST. On the digits they differ by no more than trainings of one model do.
+# The EAE is nearer than batch norm alone on MNIST. On the digits they differ by no
+# more than trainings of one model do.
 assert frechet["EAE"] < 1.2 * frechet["batch norm alone"]
 
 # %% [markdown]
@@ -208,7 +209,8 @@ for title, (moments, shape) in split.items():
     print(f"{title:<18} moments {moments:8.2f} nats, shape {shape:5.2f} nats")
     bound = min(1.0, ((moments + shape) / 2) ** 0.5)
     print(f"{'':<18} so the total variation from N(0, I) is at most {bound:.2f}")
-# For truly normal codes the estimates are 0 to within 0.07 (moments) and 0.2 (shape),
+# For truly normal codes the estimates are 0 to within 0.07 (moments) and 0.2
+# (shape),
 # at these numbers of images.
 assert (
     split["EAE"][0] < split["batch norm alone"][0] < split["plain autoencoder"][0]

@@ -105,11 +105,13 @@ for s in (1.0, 1 / 3, 0.1, 0.01):
     entropy = 0.5 * math.log(2 * math.pi * math.e * s**2)
     mean = value - curvature * s**2 / 2
     print(
-        f"s = {s:4.2f}: bound {mean + entropy:6.3f}, without its entropy {mean:6.3f}"
+        f"s = {s:4.2f}: bound {mean + entropy:6.3f}, without its entropy "
+        f"{mean:6.3f}"
     )
     assert mean + entropy <= value + 0.5 * math.log(2 * math.pi / curvature) + 1e-12
 print(
-    f"log-likelihood {value + 0.5 * math.log(2 * math.pi / curvature):.3f}, at the point {value:.3f}"
+    f"log-likelihood {value + 0.5 * math.log(2 * math.pi / curvature):.3f}, at the "
+    f"point {value:.3f}"
 )
 
 # %% [markdown]
@@ -312,7 +314,9 @@ def best_by(*columns, sign=1):
     """The model that has the least of some columns, or with sign=-1 the most."""
     return min(
         trained,
-        key=lambda name: min(sign * trained[name].get(c, math.inf * sign) for c in columns),
+        key=lambda name: min(
+            sign * trained[name].get(c, math.inf * sign) for c in columns
+        ),
     )
 
 
@@ -348,11 +352,14 @@ print(
 
 # %%
 print(best)
-assert SIZE != "short" or best["error"] == "local_pca"  # longer training may turn it
+assert (
+    SIZE != "short" or best["error"] == "local_pca"
+)  # longer training may turn it
 pixels = images.x_test[0].numel()
 shift = pixels * math.log(16)  # the digits' grey levels are 0 to 16
 print(
-    f"with pixels from 0 to 16 every log-density above would be {shift:.0f} nats lower"
+    f"with pixels from 0 to 16 every log-density above would be {shift:.0f} nats "
+    "lower"
 )
 densities = [row["density"] for row in trained.values()]
 assert shift > max(densities) - min(densities)

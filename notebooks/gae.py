@@ -93,7 +93,8 @@ cells = (
 ) / 1000 - 0.5  # the code in 1000 cells: finitely many
 terms = torch.as_tensor(norm.logpdf(0, cells, s)) - torch.log(torch.tensor(1000.0))
 print(
-    f"in 1000 cells: log q(0) = {terms.logsumexp(0):.4f}, the bound = {terms.max():.4f} nats"
+    f"in 1000 cells: log q(0) = {terms.logsumexp(0):.4f}, the bound = "
+    f"{terms.max():.4f} nats"
 )
 
 # %% [markdown]
@@ -209,7 +210,7 @@ def best_fit(fits):
 
 
 def nmf(q):
-    """NMF by coordinate descent from scikit-learn's start; codes of unseen images by the same descent."""
+    """NMF by coordinate descent from scikit-learn's start; new codes likewise."""
     known = NMF(
         q, init="nndsvda", solver="cd", max_iter=1, tol=0
     )  # one round, which is as good a start as its own
@@ -347,7 +348,8 @@ legend = axes[1].legend(fontsize=8)
 for name, errors in test.items():
     median = sorted(errors)[len(errors) // 2]
     print(
-        f"{name:<18} chosen by training error {errors[chosen[name]]:.4f}, median {median:.4f}, worst {max(errors):.4f}"
+        f"{name:<18} chosen by training error {errors[chosen[name]]:.4f}, median "
+        f"{median:.4f}, worst {max(errors):.4f}"
     )
     assert (
         errors[chosen[name]] < median
@@ -391,7 +393,8 @@ for name in ("autoencoder", "GAE, through the steps", "GAE, code as constant"):
     models[name] = model
     held_out = metrics.squared_error(model, images.x_test[:1000]).mean()
     print(
-        f"{name:<24} held-out squared error {held_out:7.3f}, {time.perf_counter() - start_time:.0f} s"
+        f"{name:<24} held-out squared error {held_out:7.3f}, "
+        f"{time.perf_counter() - start_time:.0f} s"
     )
 
 # %%

@@ -113,7 +113,8 @@ print(f"{STEPS} steps: {time.perf_counter() - start:.0f} s")
 to_noisy, to_clean, averaged = torch.tensor(curve).T
 of_noisy = psnr(noisy, clean)
 print(
-    f"noisy image {of_noisy:.2f} dB; at step {READ} the output {to_clean[READ - 1]:.2f}, the average {averaged[READ - 1]:.2f}"
+    f"noisy image {of_noisy:.2f} dB; at step {READ} the output "
+    f"{to_clean[READ - 1]:.2f}, the average {averaged[READ - 1]:.2f}"
 )
 print(
     f"at step {STEPS} the output {to_clean[-1]:.2f}, the average {averaged[-1]:.2f}"
@@ -163,7 +164,8 @@ of_each, of_mean = (
     (mean_of - clean[0]).square().mean(),
 )
 print(
-    f"mean square error of an output {of_each:.5f}, of the mean of {len(last)} {of_mean:.5f}"
+    f"mean square error of an output {of_each:.5f}, of the mean of {len(last)} "
+    f"{of_mean:.5f}"
 )
 assert (
     abs(of_each - (last - mean_of).square().mean() - of_mean) < 1e-12
@@ -206,7 +208,8 @@ grey = torch.nn.functional.avg_pool2d(
 photo, noise = shares(grey), shares(torch.randn(small, small, generator=seeded(4)))
 half = [int((share < 0.5).sum()) + 1 for share in (photo, noise)]
 print(
-    f"{J.shape[1]} weights; eigenvectors for half of the energy: photograph {half[0]}, noise {half[1]} of {small**2}"
+    f"{J.shape[1]} weights; eigenvectors for half of the energy: photograph "
+    f"{half[0]}, noise {half[1]} of {small**2}"
 )
 
 # %% tags=["nbval-check-output"]
@@ -254,12 +257,14 @@ for _ in range(T):
 errors, exact = (f - target).square().sum(1), sum(error(T))
 z_score = (errors.mean() - exact) / (errors.std() / draws**0.5)
 print(
-    f"error after {T} steps: {errors.mean():.3f}, exact {exact:.3f}, z = {z_score:.2f}"
+    f"error after {T} steps: {errors.mean():.3f}, exact {exact:.3f}, z = "
+    f"{z_score:.2f}"
 )
 assert abs(z_score) < 4  # four standard errors
 least = int((bias + variance).argmin())
 print(
-    f"least expected error {(bias + variance)[least]:.2f}, that of the noisy image {small**2 * SIGMA**2:.2f}"
+    f"least expected error {(bias + variance)[least]:.2f}, that of the noisy image "
+    f"{small**2 * SIGMA**2:.2f}"
 )
 assert (
     0 < least < len(counts) - 1 and (bias + variance)[least] < small**2 * SIGMA**2
@@ -402,10 +407,12 @@ norms = torch.stack(
 )  # of exact draws, label by label
 of_chains = chains.samples.square().sum(2).reshape(-1, 10, 5).mean((0, 2))
 print(
-    f"acceptance {chains.acceptance.mean():.2f}; squared norm of a code, mean over the labels:"
+    f"acceptance {chains.acceptance.mean():.2f}; squared norm of a code, mean over "
+    "the labels:"
 )
 print(
-    f"maximum {best.square().sum(1).mean():.1f}, chains {of_chains.mean():.1f}, exact draws {norms.mean():.1f}"
+    f"maximum {best.square().sum(1).mean():.1f}, chains {of_chains.mean():.1f}, "
+    f"exact draws {norms.mean():.1f}"
 )
 assert (
     (of_chains - norms).mean().abs() < 1.5
@@ -420,7 +427,8 @@ rows = {
 }
 table = {}
 print(
-    "              mean belief   log q(x), nats   distance to the nearest training image"
+    "              mean belief   log q(x), nats   distance to the nearest training "
+    "image"
 )
 for name, (x, y) in rows.items():
     density = -float(

@@ -79,7 +79,8 @@ print(f"size: {SIZE}, device: {device}")
 # %% tags=["nbval-check-output"]
 z = sp.symbols("z", real=True)
 root3, root2 = sp.sqrt(3), sp.sqrt(2)
-# On z > 0; all four are symmetric. The logistic comes below, in its distribution function u.
+# On z > 0; all four are symmetric. The logistic comes below, in its distribution
+# function u.
 halves = {
     "normal": (
         sp.exp(-(z**2) / 2) / sp.sqrt(2 * sp.pi),
@@ -525,7 +526,8 @@ right.set(
 figure.colorbar(picture, ax=right)
 figure.tight_layout()
 
-# Standard deviation of the k = 3 estimate at n = 4000 is about 0.02 in two dimensions; 0.12 is six of them.
+# Standard deviation of the k = 3 estimate at n = 4000 is about 0.02 in two
+# dimensions; 0.12 is six of them.
 expected = 2 * MAXIMUM + 0.5 * torch.log1p(-(marks**2))
 assert np.abs(np.array(estimates) - expected.numpy()).max() < 0.12
 assert int(closed.argmax()) == 99  # rho = 0
@@ -605,12 +607,14 @@ right.plot(curve @ energy, discrete_entropy(curve), color="black")
 right.set(xlabel="mean energy", ylabel="entropy in nats")
 figure.tight_layout()
 
-# No point of the cloud is above the curve: log Z + beta * E[U] bounds the entropy for every beta.
+# No point of the cloud is above the curve: log Z + beta * E[U] bounds the entropy
+# for every beta.
 bounds = special.logsumexp(-np.multiply.outer(betas, energy), axis=-1)[
     :, None
 ] + np.outer(betas, cloud @ energy)
 assert (discrete_entropy(cloud) <= bounds.min(0) + 1e-12).all()
-# The curve's slope is beta = 1/T. Steps of 0.045 in beta: error of the differences about 1e-3.
+# The curve's slope is beta = 1/T. Steps of 0.045 in beta: error of the differences
+# about 1e-3.
 slopes = np.gradient(discrete_entropy(curve)) / np.gradient(curve @ energy)
 assert np.abs(slopes - betas)[5:-5].max() < 0.02
 

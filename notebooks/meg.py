@@ -207,8 +207,10 @@ found = {
 }
 for name, quality in found.items():
     print(
-        f"{name:<8} modes {quality.modes} of 8, high quality {quality.high_quality:6.1%}, "
-        f"spread {quality.spread:5.2f} sigma, within 3 sigma {quality.spread_within:.2f}, "
+        f"{name:<8} modes {quality.modes} of 8, high quality "
+        f"{quality.high_quality:6.1%}, "
+        f"spread {quality.spread:5.2f} sigma, within 3 sigma "
+        f"{quality.spread_within:.2f}, "
         f"KL of the modes' shares {quality.kl:.3f}"
     )
 # A perfect sampler: 98.9 % with a standard error of 0.2 at 2,500 samples.
@@ -357,7 +359,8 @@ worst = metrics.detection(
     -rank.double(), rank >= 12_425
 )  # the 7,877 anomalies below all others
 print(
-    f"prevalence {worst.prevalence:.3f}, the worst score has AUPRC {worst.auprc:.3f}, AUROC {worst.auroc:.1f}"
+    f"prevalence {worst.prevalence:.3f}, the worst score has AUPRC "
+    f"{worst.auprc:.3f}, AUROC {worst.auroc:.1f}"
 )
 share = worst.prevalence
 print(

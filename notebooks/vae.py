@@ -378,7 +378,8 @@ for beta, model in flat.items():
         mu[part], logvar[part], generator=torch.Generator().manual_seed(SEED)
     )
     mean, second = mu.mean(0), (mu.square() + logvar.exp()).mean(0)
-    # Where the estimated information is at its cap, the logarithm of the images, the
+    # Where the estimated information is at its cap, the logarithm of the images,
+    # the
     # mismatch is not known. What the two moments alone demand is a lower bound.
     capped = table[beta].mutual_information > table[beta].cap - 2
     least = 0.5 * (second - 1 - (second - mean.square()).log()).sum()

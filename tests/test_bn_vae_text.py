@@ -639,7 +639,7 @@ def test_the_chapters_reading_of_the_recorded_runs():
     assert recorded("bn_0.7", "KL on batches")[0] > 8 * 0.7**2 / 2 and recorded("bn_0.7", "AU")[0] == 8
     assert recorded("bn_0.7", "MI")[0] > 0.8 * recorded("bn_0.7", "KL")[0]
     assert less(("bn_0.7", "NLL"), ("floor", "reachable floor"))
-    assert recorded("bn_0.7", "training time / plain")[0] == pytest.approx(1.05, abs=0.03)
+    assert recorded("bn_0.7", "training time / plain")[0] < 1.1
     assert less(("bn_0.7_adam", "NLL"), ("floor", "reachable floor"))
     for key in ("KL", "MI", "gain from z"):
         assert recorded("bn_0.7_adam", key)[0] == pytest.approx(recorded("bn_0.7", key)[0], rel=0.05)
@@ -665,37 +665,34 @@ def test_the_chapters_reading_of_the_norms():
         assert recorded(f"bn_{gamma}", "KL on batches")[0] > 8 * gamma**2 / 2
     for tau in (0.2, 0.5, 0.8):
         assert recorded(f"coupled_{tau}", "KL on batches")[0] > -4 * math.log(1 - tau)
+
+    def seeds(name):
+        return metrics(name, "learnable")["NLL"]["by seed"]
+
     # Free up to 0.7, dear above 1.
     free = ("bn_0.3", "bn_0.5", "bn_0.7")
     assert all(less((name, "NLL"), ("floor", "reachable floor")) for name in free)
     assert max(of("NLL", *free)) - min(of("NLL", *free)) < 0.02
-    assert of("MI", *free) == pytest.approx([1 / 3, 1, 1.85], abs=0.05)
-    assert recorded("bn_1.0", "MI")[0] == pytest.approx(3, abs=0.05)
-    assert paid("bn_1.0") == pytest.approx(0.1, abs=0.03) and paid("bn_1.2") == pytest.approx(0.2, abs=0.03)
-    assert recorded("bn_1.0", "NLL")[0] == pytest.approx(recorded("floor", "reachable floor")[0], abs=0.03)
-    assert recorded("bn_1.2", "MI")[0] - recorded("bn_1.0", "MI")[0] == pytest.approx(0.5, abs=0.05)
-    assert less(("bn_0.7", "NLL"), ("bn_1.2", "NLL")) and less(("bn_1.2", "NLL"), ("bn_1.8", "NLL"))
+    assert of("MI", *free) == pytest.approx([1 / 3, 1, 1.8], abs=0.06)
+    assert recorded("bn_1.0", "MI")[0] == pytest.approx(3, abs=0.05) and 0.01 < paid("bn_1.0") < 0.1
     assert 4.5 < recorded("bn_1.8", "MI")[0] < 5 and recorded("bn_1.8", "KL")[0] == pytest.approx(13, abs=0.5)
-    assert recorded("bn_1.8", "KL of aggregate")[0] == pytest.approx(2 * 4.26, rel=0.1)
-    assert paid("bn_1.8") == pytest.approx(1.7, abs=0.05)
-    others = [*study.METHODS]
-    others.remove("bn_1.8")
-    recorded_ones = [name for name in others if (RESULTS / f"text_{name}" / "learnable-medium.json").exists()]
+    assert 1.8 < recorded("bn_1.8", "KL of aggregate")[0] / 4.26 < 2
+    assert paid("bn_1.8") == pytest.approx(0.7, abs=0.05) and paired(seeds("bn_0.7"), seeds("bn_1.8"))
+    recorded_ones = [n for n in study.METHODS if (RESULTS / f"text_{n}" / "learnable-medium.json").exists()]
     assert len(recorded_ones) > 15
-    assert all(less((name, "gain from z"), ("bn_1.8", "gain from z")) for name in recorded_ones)
-    # The coupled extension: no better for little information ...
-    assert of("MI", "coupled_0.2", "coupled_0.5") == pytest.approx([1, 2.4], abs=0.1)
-    assert recorded("bn_0.5", "MI")[0] == pytest.approx(recorded("coupled_0.2", "MI")[0], abs=0.05)
-    assert less(("coupled_0.5", "MI"), ("bn_1.0", "MI"))
-    for simple, coupled in (("bn_0.5", "coupled_0.2"), ("bn_1.0", "coupled_0.5")):
-        assert not less((coupled, "NLL"), (simple, "NLL"))
+    others = [name for name in recorded_ones if name != "bn_1.8"]
+    assert all(recorded(name, "gain from z")[0] < recorded("bn_1.8", "gain from z")[0] for name in others)
+    # The coupled extension: as good for little information, ...
+    assert of("MI", "coupled_0.2", "coupled_0.5") == pytest.approx([0.9, 2.4], abs=0.1)
+    assert all(abs(paid(name)) < 0.01 for name in ("coupled_0.2", "coupled_0.5"))
     # ... better for much.
-    assert recorded("coupled_0.8", "MI")[0] == pytest.approx(4.6, abs=0.05)
+    assert recorded("coupled_0.8", "MI")[0] == pytest.approx(4.7, abs=0.05)
+    assert recorded("bn_1.8", "MI")[0] - recorded("coupled_0.8", "MI")[0] == pytest.approx(0.2, abs=0.05)
     assert recorded("bn_1.5", "MI")[0] < recorded("coupled_0.8", "MI")[0] - 0.3
-    assert paid("coupled_0.8") == pytest.approx(0.7, abs=0.05) == paid("bn_1.5")
-    assert less(("coupled_0.8", "NLL"), ("bn_1.8", "NLL"), by=0.5)
+    assert paid("coupled_0.8") == pytest.approx(1 / 6, abs=0.02) and paid("bn_1.5") > 2 * paid("coupled_0.8")
+    assert paired(seeds("coupled_0.8"), seeds("bn_1.8")) and paired(seeds("coupled_0.8"), seeds("bn_1.5"))
     mismatch = of("KL of aggregate", "coupled_0.8", "bn_1.5", "bn_1.8")
-    assert mismatch == pytest.approx([2, 5, 8.4], abs=0.15)
+    assert mismatch == pytest.approx([1.85, 4.9, 8.2], abs=0.15)
     # The true code.
     small = of("R² of z", *free, "coupled_0.2", "coupled_0.5")
     assert min(small) > max(of("R² of z", "bn_1.0", "bn_1.2", "bn_1.5", "bn_1.8", "coupled_0.8")) + 0.05
