@@ -163,7 +163,7 @@ axes[1].set(xlabel=r"$\tau$, without walkback", ylabel=r"$s/\tau$", ylim=(0, 1.0
 legend = axes[0].legend(fontsize=8)
 
 # %% [markdown]
-# A chain of five steps of walkback forgets at once, however slow the other is. But look at the right: for that, its $P$
+# A chain of five steps of walkback forgets within a few steps, however slow the other is. But look at the right: for that, its $P$
 # says little of the state that was corrupted, and much of all the others. A network that gives each pixel a probability
 # of its own cannot say "one of these images". It gives their mean. Keep that in mind for step 4.
 #
@@ -420,7 +420,7 @@ assert walked.shape == (5, 8, *images.shape)
 #
 # - Alternating a corruption and its reverse samples the data, exactly; a wrong reverse is paid for, more the slower the chain.
 # - A denoiser's correction is the score of the *smoothed* density, at any noise level.
-# - Walkback trains where the chain goes. Its optimum forgets at once, and is out of reach for a product over pixels:
+# - Walkback trains where the chain goes. Its optimum forgets within a few steps, and is out of reach for a product over pixels:
 #   compare the chains, their distance, their blur and how fast they forget.
 # - A Parzen estimate likes averages better than data. Do not choose a model by it.
 #

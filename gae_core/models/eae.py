@@ -37,7 +37,7 @@ class EAE(Autoencoder):
         encoder: module x (batch, ...) -> (batch, dim), before normalisation.
         decoder: module z (batch, dim) -> x (batch, ...).
         dim: dimension of the code.
-        lam: weight of the entropy, in units of squared error a nat. The entropy is the whole estimate: where a paper
+        lam: weight of the entropy, in units of squared error per nat. The entropy is the whole estimate: where a paper
             drops the factor d / n of the sum of log-distances, its weight is this one times d / n.
         k: neighbour of the estimate; its authors recommend 1.
         duplicates: what to do where two x get the same code, of which the entropy is minus infinity: "raise", or
