@@ -810,3 +810,37 @@ def test_the_chapters_reading_of_the_recorded_runs():
     for key in ("Fréchet, own", "squared error a pixel"):  # two seeds each: no order
         gan, meg = (found[n]["metrics"][key] for n in ("gan", "meg"))
         assert abs(gan["mean"] - meg["mean"]) < 2 * math.hypot(gan["standard error"], meg["standard error"])
+
+
+def test_the_settings_of_the_chapter_are_those_of_the_code():
+    how, text = family.SETTINGS, " ".join(CHAPTER.split())
+    gae, denoising = how["gae"], how["denoising"]
+    assert not gae["second_order"]
+    for told in (
+        f"Batches of {family.BATCH}, Adam with a rate of {family.LR} ({how['gan']['lr']} for GAN and MEG)",
+        f"GAE: {gae['steps']} steps of {gae['step_size']} with $\\sigma = {gae['sigma']}$",
+        f"noise of {denoising['corruption']}, $\\sigma = {denoising['sigma']}$, walkback of {denoising['walkback']}",
+        f"EAE: $\\lambda = {how['eae']['lam']:g}$, and {how['batch_norm']['lam']:g} where only",
+        f"IWAE with {how['iwae']['samples']} samples, BN-VAE with $\\gamma = {how['bn_vae']['gamma']}$",
+        f"standard deviation {how['vae_fixed']['sigma']}, and with a cross-entropy",
+        f"MEG: $\\lambda = {how['meg']['lam']:g}$",
+        f"Mixture of Gaussians: {how['mixture']['max_iter']} steps",
+        f"the best of {how['k_means']['starts']} starts; local PCA: one start, at most {how['local_pca']['max_steps']}",
+        f"LLE: {how['lle']['n_neighbors']} neighbours",
+        f"noise of standard deviation {family.NOISE} was added",
+        f"$S = {family.SIZES['medium'].draws}$",
+    ):
+        assert told in text, told
+    assert how["meg"]["lr"] == how["gan"]["lr"] and family.STARTS == 4
+    size = family.SIZES["medium"]
+    assert (size.rows, size.test, size.density, size.probe) == (10_000, 2_000, 2_000, 500)
+    gains = {}
+    for path in records.RESULTS.glob("family_*/mnist-medium.json"):
+        record = records.check(path)
+        if "log-density, gain of a noise a pixel" in record["metrics"]:
+            gains[record["model"]] = record["metrics"]["log-density, gain of a noise a pixel"]["mean"]
+            assert (record["density"], record["draws"], record["probe"]) == (2000, 100, 500)
+    table = [name for name in re.findall(r"```{results-table} (.*)", CHAPTER)[1].split() if name in gains]
+    networks = [gains[name] for name in table if name != "family_pca"]
+    assert len(networks) >= 6 and 80 < min(networks) and max(networks) < 125
+    assert gains["family_pca"] == pytest.approx(166, abs=0.5)
