@@ -711,8 +711,8 @@ for d, (mean, error) in radial.items():
     print(f"{d:4}" + "".join(f"{entry:>16}" for entry in entries[:-1]))
 truth = [true_difference(8, s) for s in spreads[1:-1]]
 print("true" + f"{'-inf':>16}" + "".join(f"{value:>+16.3f}" for value in truth))
-# Of these s, in four dimensions the normal density is best, in eight s = 0.7 and not
-# the sphere, in sixteen the sphere; each by 5 standard errors or more.
+# Of these s, in four dimensions the normal density is best, in eight s = 0.7
+# and not the sphere, in sixteen the sphere; each by 5 standard errors or more.
 assert (radial[4][0][:-1] < -5 * radial[4][1][:-1]).all()
 assert radial[8][0][3] > 5 * radial[8][1][3] and radial[8][0][3] > radial[8][0][0]
 assert radial[16][0].argmax() == 0
