@@ -11,7 +11,7 @@ import mpmath as mp
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z, less
+from helpers import assert_z
 from hypothesis import given
 from torch import nn
 
@@ -19,6 +19,7 @@ from gae_core import nets, train, variational
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.bn_vae import AutoregressiveVAE, PixelDecoder
 from gae_core.normalization import CodeBatchNorm, CoupledBatchNorm, FixedScaleBatchNorm, FixedScaleLayerNorm
+from gae_core.records import less
 from gae_core.studies import bn_vae as study
 
 ROOT = Path(__file__).parents[1]

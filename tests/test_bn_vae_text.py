@@ -12,13 +12,13 @@ import pytest
 import sympy
 import torch
 from helpers import assert_z
-from helpers import less as paired
 from torch import nn
 
 from gae_core import nets, train
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.text_vae import CodeReader, CommittedRate, TextVAE
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm
+from gae_core.records import less as paired
 from gae_core.studies import bn_vae_text as study
 from gae_core.text import RECIPES, Sentences, SyntheticLanguage, synthetic
 from gae_core.variational import ImportanceWeighted, importance_weighted_nll

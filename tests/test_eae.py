@@ -9,13 +9,14 @@ import mpmath as mp
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z, less
+from helpers import assert_z
 
 from gae_core import nets
 from gae_core.entropy import knn_entropy, knn_local_entropy
 from gae_core.gaussian import gaussian_entropy
 from gae_core.models.eae import EAE
 from gae_core.normalization import CodeBatchNorm
+from gae_core.records import less
 
 
 def batch_norm(u, eps=0):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z, less
+from helpers import assert_z
 from scipy.spatial.distance import pdist, squareform
 from torch import nn
 
@@ -19,6 +19,7 @@ from gae_core import data, metrics, records
 from gae_core.gaussian import standard_normal_log_prob
 from gae_core.judge import classifier
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
+from gae_core.records import less
 from gae_core.sampling import GaussianMixture, fit_gaussian_mixture
 from gae_core.studies import family
 

@@ -2,11 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from helpers import less
-from scipy import stats
 
 from gae_core import data, judge, train
 
@@ -71,25 +68,3 @@ def test_a_damaged_file_is_named(quick, tmp_path, suffix, damage):
     judge.classifier(images)  # trained again
     assert len(quick) == 2 and json.loads(path.with_suffix(".json").read_text())["images"] == 200
     assert {file.suffix for file in tmp_path.iterdir()} == {".pt", ".json"}  # nothing half-written stays
-
-
-def test_less_is_the_paired_t_test():
-    generator = torch.Generator().manual_seed(0)
-    for shift in (0.0, 0.5, 2.0, -2.0):
-        a = torch.randn(5, generator=generator).double().numpy()
-        b = a + shift + torch.randn(5, generator=generator).double().numpy()
-        found = stats.ttest_rel(b, a, alternative="two-sided")
-        assert less(a, b) == (found.pvalue < 0.05 and found.statistic > 0)
-    shared = torch.randn(5, generator=generator).double().numpy() * 100
-    above = shared + np.array([1, 1.1, 0.9, 1, 1.2])
-    assert less(shared, above) and not less(above, shared)
-    assert less([1.0], [1.1, 1.15, 1.2]) and not less([1.0], [0.5, 1.2, 1.6])
-    # of two seeds nothing follows; and pairs must be pairs
-    for a, b in (
-        ([1.0, 1.0], [5.0, 5.1]),
-        ([1.0], [2.0]),
-        ([1.0, 2, 3], [1.0, 2, 3, 4]),
-        ([1.0, 2, float("nan")], [1.0] * 3),
-    ):
-        with pytest.raises(ValueError, match="a and b"):
-            less(a, b)
