@@ -1,4 +1,4 @@
-"""Gradients a second of ``gae_core.sampling.mala``, of a Python loop over chains, and of blackjax's MALA.
+"""Gradients a second of ``gae_core.chains.mala``, of a Python loop over chains, and of blackjax's MALA.
 
 ``python benchmarks/mala.py`` prints a table; ``--write`` also puts it into benchmarks/README.md. All take the same
 number of chains, step, energy and starts, in single precision, and keep their samples. Who is measured alternates
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from training import spread  # noqa: E402
 
 from gae_core import nets  # noqa: E402
-from gae_core.sampling import Energy, mala  # noqa: E402
+from gae_core.chains import Energy, mala  # noqa: E402
 
 CHAINS = 256
 STEPS = {"mala": 400, "a loop over chains": 8, "blackjax": 400}  # of each chain in a round
@@ -76,7 +76,7 @@ def starts(target: str) -> Tensor:
 
 
 def of_mala(target: str, steps: int) -> Run:
-    """``gae_core.sampling.mala``, all chains at once."""
+    """``gae_core.chains.mala``, all chains at once."""
     energy, z0, eps = torch_energy(target), starts(target), TARGETS[target][1]
 
     def run(seed: int) -> tuple[float, float]:

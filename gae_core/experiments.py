@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gae_core import data, metrics, nets, plots, recording, sampling, train, variational
-from gae_core.judge import classifier
+from gae_core import data, metrics, nets, plots, recording, train
+from gae_core.densities import fit_gaussian_mixture
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.eae import EAE
 from gae_core.models.vae import VAE
 from gae_core.records import RESULTS, Outcome, Study
 from gae_core.studies import bn_vae, bn_vae_text, cvae, denoising, family, image_prior, meg, vae
+from gae_core.studies.judge import classifier
 
 DIM = 8  # of the codes in all recorded runs
 RECIPE = {"batch_size": 128, "lr": 2e-3, "schedule": "1 - t"}  # of the training, likewise
@@ -142,8 +143,8 @@ def sample_sources(model: nn.Module, images: data.Images, *, n: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     z = metrics.in_batches(model.encode, images.x_train[:20_000])
     densities = {
-        "one Gaussian": sampling.fit_gaussian_mixture(z),
-        "mixture of ten": sampling.fit_gaussian_mixture(z[:5000], 10, seed=seed),
+        "one Gaussian": fit_gaussian_mixture(z),
+        "mixture of ten": fit_gaussian_mixture(z[:5000], 10, seed=seed),
     }
     return {
         "N(0, I)": torch.cat(
@@ -187,11 +188,11 @@ def measure(model: nn.Module, images: data.Images, *, seed: int, n: int = 10_000
         codes = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator)
         binary = torch.bernoulli(data.to_unit(images.x_test[:1000]), generator=generator)
         options = {"samples": 200, "proposal": "posterior", "generator": generator}
-        nll = variational.importance_weighted_nll(model, binary, **options).nll
-        split = variational.encoder_information(mu, logvar, generator=generator)
+        nll = metrics.importance_weighted_nll(model, binary, **options).nll
+        split = metrics.encoder_information(mu, logvar, generator=generator)
         measured |= {
             "NLL of binarised images": float(nll.mean()),
-            "active units": float(variational.active_units(mu)),
+            "active units": float(metrics.active_units(mu)),
             "KL": split.kl,
             "mutual information": split.mutual_information,
             "cap of mutual information": split.cap,

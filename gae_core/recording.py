@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from gae_core import judge, records, train
+from gae_core import records, train
 from gae_core.records import RESULTS, Study
+from gae_core.studies import judge
 
 
 def record(

@@ -52,7 +52,8 @@ import time
 import matplotlib.pyplot as plt
 import torch
 
-from gae_core import data, experiments, metrics, nets, plots, sampling, train
+from gae_core import data, experiments, metrics, nets, plots, train
+from gae_core.densities import fit_gaussian_mixture
 from gae_core.models.autoencoder import Autoencoder
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,8 +143,8 @@ print(f"codes from N(0, I): {8**0.5:.1f}")
 # One Gaussian with their mean and covariance, and a mixture of ten Gaussians. The decoder stays as it is.
 
 # %%
-gaussian = sampling.fit_gaussian_mixture(z)
-mixture = sampling.fit_gaussian_mixture(z[:5000], 10, seed=SEED)
+gaussian = fit_gaussian_mixture(z)
+mixture = fit_gaussian_mixture(z[:5000], 10, seed=SEED)
 panels = {
     "reconstructions": metrics.in_batches(model, images.x_test[:n]),
     "N(0, I)": random_samples,

@@ -54,7 +54,7 @@ import time
 import matplotlib.pyplot as plt
 import torch
 
-from gae_core import nets, text, train, variational
+from gae_core import languages, metrics, nets, text, train
 from gae_core.data import size_from_environment
 from gae_core.models.text_vae import CommittedRate, TextVAE
 from gae_core.normalization import FixedScaleBatchNorm
@@ -73,8 +73,8 @@ print(f"size: {SIZE}, device: {device}")
 # Predict: how much does it help to know $z$, in nats a sentence?
 
 # %%
-sentences = text.synthetic("learnable", train=16_000, test=300)
-language = text.SyntheticLanguage(text.RECIPES["learnable"])
+sentences = languages.synthetic("learnable", train=16_000, test=300)
+language = languages.SyntheticLanguage(languages.RECIPES["learnable"])
 for words in sentences.vocabulary.decode(sentences.test[:4]):
     print(" ".join(words))
 generator = torch.Generator().manual_seed(SEED)
@@ -177,15 +177,15 @@ for name, model in models.items():
         gain = (
             model.log_likelihood(x, z) - model.log_likelihood(x, z.roll(1, 0))
         ).mean()
-    split = variational.encoder_information(mu, logvar, generator=generator)
-    nll = variational.importance_weighted_nll(
+    split = metrics.encoder_information(mu, logvar, generator=generator)
+    nll = metrics.importance_weighted_nll(
         model, x, samples=96, generator=generator
     ).nll.mean()
     found[name] = (
         nll,
         split.kl,
         split.mutual_information,
-        variational.active_units(mu),
+        metrics.active_units(mu),
         gain,
     )
 print(f"{'':<7}{'NLL':>8}{'KL':>8}{'MI':>8}{'AU':>6}{'gain':>8}")
@@ -218,7 +218,7 @@ print(
 figure, axes = plt.subplots(
     1, 4, figsize=(9, 2.6), layout="constrained", sharex=True, sharey=True
 )
-mode = (sentences.z_test[:, None] - text.MODES).square().sum(2).argmin(1)
+mode = (sentences.z_test[:, None] - languages.MODES).square().sum(2).argmin(1)
 axes[0].scatter(*sentences.z_test.T, c=mode, cmap="tab10", s=6)
 axes[0].set_title("true codes")
 explained = {}

@@ -54,10 +54,10 @@ import torch
 
 from gae_core import data, metrics, plots, train
 from gae_core.gaussian import kl_to_standard_normal
-from gae_core.judge import classifier
+from gae_core.metrics import importance_weighted_nll
 from gae_core.models.cvae import quadrant_mask
 from gae_core.studies import cvae as study
-from gae_core.variational import importance_weighted_nll
+from gae_core.studies.judge import classifier
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")

@@ -58,6 +58,7 @@ from sklearn.datasets import make_swiss_roll
 from sklearn.decomposition import NMF, PCA
 
 from gae_core import data, metrics, nets, plots, train
+from gae_core.densities import fit_gaussian_mixture
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.gae import GAE
 from gae_core.models.local_linear import (
@@ -65,7 +66,6 @@ from gae_core.models.local_linear import (
     fit_local_linear,
     nmf_step,
 )
-from gae_core.sampling import fit_gaussian_mixture
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")

@@ -52,12 +52,13 @@ import time
 import matplotlib.pyplot as plt
 import torch
 
-from gae_core import data, judge, nets, plots, train
+from gae_core import data, nets, plots, train
+from gae_core.chains import mala
+from gae_core.metrics import importance_weighted_nll
 from gae_core.models.image_prior import Hourglass, ImagePrior, psnr
 from gae_core.models.vae import VAE
-from gae_core.sampling import mala
+from gae_core.studies import judge
 from gae_core.studies.image_prior import LR, NETS, SIGMA, observe, photograph
-from gae_core.variational import importance_weighted_nll
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")

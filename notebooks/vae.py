@@ -56,13 +56,13 @@ from torch import nn
 
 from gae_core import data, metrics, nets, plots, train
 from gae_core.gaussian import kl_to_standard_normal
-from gae_core.models.autoencoder import Autoencoder
-from gae_core.models.vae import IWAE, VAE
-from gae_core.variational import (
+from gae_core.metrics import (
     active_units,
     encoder_information,
     importance_weighted_nll,
 )
+from gae_core.models.autoencoder import Autoencoder
+from gae_core.models.vae import IWAE, VAE
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")

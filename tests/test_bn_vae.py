@@ -15,7 +15,7 @@ from helpers import assert_z
 from hypothesis import given
 from torch import nn
 
-from gae_core import nets, train, variational
+from gae_core import metrics, nets, train
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.bn_vae import AutoregressiveVAE, PixelDecoder
 from gae_core.normalization import CodeBatchNorm, CoupledBatchNorm, FixedScaleBatchNorm, FixedScaleLayerNorm
@@ -206,9 +206,7 @@ def test_layer_norm_counterexample_a_floor_without_information():
     v = same[0].var(correction=0)
     floor = 0.5 * 8 * 0.49 * v / (v + EPS)
     torch.testing.assert_close(kl_to_standard_normal(mu, logvar), floor.expand(50))
-    assert variational.encoder_information(mu, logvar, generator=seeded()).mutual_information == pytest.approx(
-        0, abs=1e-12
-    )
+    assert metrics.encoder_information(mu, logvar, generator=seeded()).mutual_information == pytest.approx(0, abs=1e-12)
     spread, _ = FixedScaleBatchNorm(8, 0.7)(same + 1e-1 * torch.randn(50, 8), torch.zeros(50, 8))
     torch.testing.assert_close(spread.std(0, correction=0), torch.full((8,), 0.7), rtol=1e-2, atol=0)
 
@@ -857,6 +855,6 @@ def test_the_chapters_reading_of_the_estimates():
 def test_the_study_of_estimates_has_a_curve_for_each_model_and_proposal():
     torch.set_default_dtype(torch.float32)
     outcome = study.STUDIES["bn_vae_estimates"].run("digits", "short", 0, torch.device("cpu"))
-    assert set(outcome.curves) == {f"{m}, {p}" for m in study.ESTIMATED.values() for p in variational.PROPOSALS}
+    assert set(outcome.curves) == {f"{m}, {p}" for m in study.ESTIMATED.values() for p in metrics.PROPOSALS}
     assert {key: values[-1] for key, values in outcome.curves.items()} == outcome.metrics
     assert all(len(v) == len(study.DRAWS["short"]) and all(map(math.isfinite, v)) for v in outcome.curves.values())

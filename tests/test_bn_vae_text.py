@@ -16,12 +16,13 @@ from torch import nn
 
 from gae_core import nets, train
 from gae_core.gaussian import kl_to_standard_normal
+from gae_core.languages import RECIPES, SyntheticLanguage, synthetic
+from gae_core.metrics import ImportanceWeighted, importance_weighted_nll
 from gae_core.models.text_vae import CodeReader, CommittedRate, TextVAE
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm
 from gae_core.records import less as paired
 from gae_core.studies import bn_vae_text as study
-from gae_core.text import RECIPES, Sentences, SyntheticLanguage, synthetic
-from gae_core.variational import ImportanceWeighted, importance_weighted_nll
+from gae_core.text import Sentences
 
 # ---- the chapter's equations: finite x and z, thirty digits -----------------------------------------------------
 
@@ -517,7 +518,7 @@ def test_what_a_study_measures_of_a_known_model(monkeypatch):
         seen.append((x, samples))
         return ImportanceWeighted(torch.full((len(x),), 5.0), torch.full((len(x),), 5.5))
 
-    monkeypatch.setattr(study.variational, "importance_weighted_nll", nll)
+    monkeypatch.setattr(study.metrics, "importance_weighted_nll", nll)
     found = study.measure(KnownModel().eval(), data, samples=11, coded=320, seed=0)
     ((x, samples),) = seen
     assert torch.equal(x, test) and samples == 11

@@ -337,12 +337,10 @@ def test_every_exercise_with_a_solution_shows_it(built):
 
 def test_the_code_page_has_every_module():
     page = (ROOT / "book" / "api.md").read_text(encoding="utf-8")
-    modules = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in (ROOT / "gae_core").rglob("*.py")
-        if not path.stem.startswith("__")
-    }
-    assert set(re.findall(r"automodule:: (\S+)", page)) == modules
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "gae_core").rglob("*.py")}
+    modules = {name for name in files if "__" not in name} - {"gae_core.metrics"}
+    face = {name for name in modules if name.startswith("gae_core.metrics.")}  # shown as one
+    assert set(re.findall(r"automodule:: (\S+)", page)) == modules - face | {"gae_core.metrics"}
 
 
 def test_every_page_of_the_book_is_in_the_toc():

@@ -13,10 +13,10 @@ from helpers import assert_z
 
 from gae_core import data, metrics, nets, records, train
 from gae_core.gaussian import kl_to_standard_normal
+from gae_core.metrics import importance_weighted_nll
 from gae_core.models.cvae import CVAE, Beside, FactorisedNet, LabelPriorVAE, quadrant_mask
 from gae_core.studies import cvae as study
 from gae_core.studies.cvae import codes_of_classes
-from gae_core.variational import importance_weighted_nll
 
 
 def finite(seed=0, x=4, y=3, z=5):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gae_core import data, experiments, judge, metrics, nets, plots, recording, records, train
+from gae_core import data, experiments, metrics, nets, plots, recording, records, train
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.eae import EAE
+from gae_core.studies import judge
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

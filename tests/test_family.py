@@ -16,12 +16,12 @@ from scipy.spatial.distance import pdist, squareform
 from torch import nn
 
 from gae_core import data, metrics, records
+from gae_core.densities import GaussianMixture, fit_gaussian_mixture
 from gae_core.gaussian import standard_normal_log_prob
-from gae_core.judge import classifier
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
 from gae_core.records import less
-from gae_core.sampling import GaussianMixture, fit_gaussian_mixture
 from gae_core.studies import family
+from gae_core.studies.judge import classifier
 
 ROOT = Path(__file__).parents[1]
 CHAPTER = (ROOT / "book" / "family.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from helpers import assert_z
 from scipy import optimize
 
 from gae_core import recording, records, train
+from gae_core.chains import mala
 from gae_core.models.image_prior import Hourglass, ImagePrior, psnr
-from gae_core.sampling import mala
 from gae_core.studies import image_prior as study
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from gae_core import data, judge, train
+from gae_core import data, train
+from gae_core.studies import judge
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from helpers import assert_z
 from scipy import stats
 
-from gae_core.sampling import effective_sample_size, langevin, latent_energy, mala, split_rhat
+from gae_core.chains import effective_sample_size, langevin, latent_energy, mala, split_rhat
 from gae_core.studies import meg
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gae_core.models.classifier import Classifier
 from gae_core.nets import LSTMEncoder, conv_pair, mlp, mlp_pair
+from gae_core.studies.judge import Classifier
 
 PAIRS = {"mlp": mlp_pair, "conv": conv_pair}
 

@@ -9,19 +9,8 @@ import pytest
 import torch
 from helpers import assert_z
 
-from gae_core.text import (
-    END,
-    MODES,
-    PAD,
-    RECIPES,
-    SIGNS,
-    UNKNOWN,
-    Recipe,
-    SyntheticLanguage,
-    Vocabulary,
-    load_sentences,
-    synthetic,
-)
+from gae_core.languages import MODES, RECIPES, Recipe, SyntheticLanguage, synthetic
+from gae_core.text import END, PAD, SIGNS, UNKNOWN, Vocabulary, load_sentences
 
 # ---- vocabulary and files ---------------------------------------------------------------------------------------
 

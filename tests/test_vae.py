@@ -24,10 +24,10 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from gae_core import data, metrics, nets, train
 from gae_core.gaussian import standard_normal_log_prob
+from gae_core.metrics import PROPOSALS, WIDTHS, active_units, encoder_information, importance_weighted_nll
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.vae import IWAE, VAE
 from gae_core.studies import vae as studies
-from gae_core.variational import PROPOSALS, WIDTHS, active_units, encoder_information, importance_weighted_nll
 
 
 @pytest.fixture(autouse=True)

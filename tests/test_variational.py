@@ -11,8 +11,8 @@ from helpers import assert_z
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
 from gae_core import data
+from gae_core.metrics import active_units, encoder_information
 from gae_core.normalization import CodeBatchNorm
-from gae_core.variational import active_units, encoder_information
 
 
 def seeded(seed=0):

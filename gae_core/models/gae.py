@@ -196,7 +196,7 @@ class GAE(Autoencoder):
         if self.prior == "flat":
             raise ValueError(
                 'prior must be "normal" to draw codes, got "flat": fit a density to the codes, for example '
-                "with gae_core.sampling.fit_gaussian_mixture, and decode its samples"
+                "with gae_core.densities.fit_gaussian_mixture, and decode its samples"
             )
         return super().sample(n, y, generator=generator)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gae_core import data, metrics, nets, plots, train, variational
+from gae_core import data, metrics, nets, plots, train
 from gae_core.models.bn_vae import AutoregressiveVAE, PixelDecoder
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm, FixedScaleLayerNorm
 from gae_core.records import Outcome, Study
@@ -96,8 +96,8 @@ def measure(model: AutoregressiveVAE, x: Tensor, *, images: int, samples: int, s
     """Figures on test images x, by name; the likelihood on the first of them alone."""
     generator = torch.Generator().manual_seed(seed)
     mu, logvar = metrics.in_batches(model.posterior, x)
-    info = variational.encoder_information(mu, logvar, generator=generator)
-    nll = variational.importance_weighted_nll(model, x[:images], samples=samples, generator=generator)
+    info = metrics.encoder_information(mu, logvar, generator=generator)
+    nll = metrics.importance_weighted_nll(model, x[:images], samples=samples, generator=generator)
     return {
         "NLL": float(nll.nll.mean()),
         "NLL, fall on doubling": float((nll.halved - nll.nll).mean()),
@@ -106,7 +106,7 @@ def measure(model: AutoregressiveVAE, x: Tensor, *, images: int, samples: int, s
         "mutual information": info.mutual_information,
         "cap of the information": info.cap,
         "KL of the aggregate": info.kl_aggregate,
-        "active units": variational.active_units(mu),
+        "active units": metrics.active_units(mu),
         "gain from z": gain(model, x, seed=seed),
     }
 
@@ -192,9 +192,9 @@ def _run_estimates(name: str, size: str, seed: int, device: torch.device) -> Out
         model, start = build(tuple(x_train.shape[1:]), seed=seed, **VARIANTS[variant][1]), time.perf_counter()
         fit(model, x_train, epochs=EPOCHS[size], seed=seed, device=device)
         seconds += time.perf_counter() - start
-        for proposal, mark in zip(variational.PROPOSALS, "os^", strict=True):
+        for proposal, mark in zip(metrics.PROPOSALS, "os^", strict=True):
             noise = torch.Generator().manual_seed(seed)
-            estimate = functools.partial(variational.importance_weighted_nll, model, x_test, generator=noise)
+            estimate = functools.partial(metrics.importance_weighted_nll, model, x_test, generator=noise)
             nll = [float(estimate(samples=s, proposal=proposal).nll.mean()) for s in DRAWS[size]]
             curves[f"{title}, {proposal}"] = nll
             ax.plot(DRAWS[size], nll, marker=mark, label=proposal)

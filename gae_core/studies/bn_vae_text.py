@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from gae_core import nets, text, train, variational
+from gae_core import languages, metrics, nets, text, train
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.text_vae import CodeReader, CommittedRate, TextVAE
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm
@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[str, dict]] = {
 @functools.cache
 def sentences(data: str, size: str) -> text.Sentences:
     """Sentences of a run; all seeds and methods have the same."""
-    return text.synthetic(data, train=SENTENCES[size], test=TEST[size][DATA.index(data)])
+    return languages.synthetic(data, train=SENTENCES[size], test=TEST[size][DATA.index(data)])
 
 
 def build(
@@ -124,10 +124,10 @@ def measure(model: TextVAE, data: text.Sentences, *, samples: int, coded: int, s
     generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     x = data.test.to(device)
     mu, logvar = model.posterior(x)
-    whole = variational.encoder_information(*model.posterior(data.train[:coded].to(device)), generator=generator)
+    whole = metrics.encoder_information(*model.posterior(data.train[:coded].to(device)), generator=generator)
     kl = float(kl_to_standard_normal(mu, logvar).mean())
     pairs = list(zip(mu.split(BATCH), logvar.split(BATCH), strict=True))[: len(x) // BATCH]
-    parts = [variational.encoder_information(*pair, generator=generator).mutual_information for pair in pairs]
+    parts = [metrics.encoder_information(*pair, generator=generator).mutual_information for pair in pairs]
     z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator).to(device)
     right, shuffled = (model.log_likelihood(x, code) for code in (z, z.roll(1, 0)))
     training = copy.deepcopy(model).train()
@@ -136,7 +136,7 @@ def measure(model: TextVAE, data: text.Sentences, *, samples: int, coded: int, s
     seen, new = (nn.functional.pad(m, (0, 1), value=1.0) for m in (known, mu.cpu().double()))
     fitted = new @ torch.linalg.lstsq(seen, data.z_train[:2000].double()).solution
     error, spread = (fitted - data.z_test).square().sum(), (data.z_test - data.z_test.mean(0)).square().sum()
-    nll = variational.importance_weighted_nll(model, x, samples=samples, generator=generator)
+    nll = metrics.importance_weighted_nll(model, x, samples=samples, generator=generator)
     return {
         "NLL": float(nll.nll.mean()),
         "NLL, fall on doubling": float((nll.halved - nll.nll).mean()),
@@ -147,7 +147,7 @@ def measure(model: TextVAE, data: text.Sentences, *, samples: int, coded: int, s
         "cap of MI": whole.cap,
         "MI by batches of 32": sum(parts) / len(parts),
         "KL of aggregate": whole.kl_aggregate,
-        "AU": float(variational.active_units(mu)),
+        "AU": float(metrics.active_units(mu)),
         "gain from z": float((right - shuffled).mean()),
         "R² of z": float(1 - error / spread),
     }
@@ -203,7 +203,7 @@ def prior_nll(model: CodeReader, data: text.Sentences, *, samples: int, generato
 
     All sentences share the draws.
     """
-    language, device = text.SyntheticLanguage(text.RECIPES[data.name]), next(model.parameters()).device
+    language, device = languages.SyntheticLanguage(languages.RECIPES[data.name]), next(model.parameters()).device
     z = language.sample_codes(samples, generator=generator).to(device)
     found = [(-model.loss(x.expand(samples, -1), z).total.double()).logsumexp(0) for x in data.test.to(device)]
     return math.log(samples) - float(torch.stack(found).mean())
@@ -212,7 +212,7 @@ def prior_nll(model: CodeReader, data: text.Sentences, *, samples: int, generato
 def run_floor(name: str, size: str, seed: int, device: torch.device) -> Outcome:
     """What the best and what the same decoder could reach: the language itself, and the decoder on the true codes."""
     data, generator = sentences(name, size), torch.Generator().manual_seed(seed)
-    language = text.SyntheticLanguage(text.RECIPES[name])
+    language = languages.SyntheticLanguage(languages.RECIPES[name])
     optimum = language.optimum(data.test, data.z_test, samples=PRIOR[size], generator=generator)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

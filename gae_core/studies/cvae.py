@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gae_core import data, metrics, nets, plots, train
-from gae_core.judge import classifier
-from gae_core.models.classifier import Classifier
+from gae_core.densities import fit_gaussian_mixture
+from gae_core.metrics import importance_weighted_nll
 from gae_core.models.cvae import CVAE, Beside, FactorisedNet, LabelPriorVAE, quadrant_mask
 from gae_core.records import Outcome, Study
-from gae_core.sampling import fit_gaussian_mixture
-from gae_core.variational import importance_weighted_nll
+from gae_core.studies.judge import Classifier, classifier
 
 EPOCHS = {"short": 1, "medium": 12, "full": 100}
 # Images that are drawn and measured, and the epochs of the classifier that learns from them.

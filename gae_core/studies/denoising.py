@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gae_core import data, metrics, nets, plots, train
-from gae_core.judge import classifier
+from gae_core.chains import effective_sample_size
 from gae_core.models.denoising import DenoisingAutoencoder, salt_and_pepper
 from gae_core.records import Outcome, Study
-from gae_core.sampling import effective_sample_size
+from gae_core.studies.judge import classifier
 
 LEVEL = 0.4  # of the salt and pepper
 RECIPE = {"batch_size": 100, "lr": 2e-3}

@@ -16,8 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from gae_core import data, metrics, nets, plots, train
+from gae_core.densities import GaussianMixture, fit_gaussian_mixture
 from gae_core.gaussian import standard_normal_log_prob
-from gae_core.judge import classifier
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.cvae import CVAE, Beside
 from gae_core.models.denoising import DenoisingAutoencoder, gaussian_noise
@@ -28,7 +28,7 @@ from gae_core.models.meg import MEG
 from gae_core.models.vae import IWAE, VAE
 from gae_core.normalization import FixedScaleBatchNorm
 from gae_core.records import Outcome, Study
-from gae_core.sampling import GaussianMixture, fit_gaussian_mixture
+from gae_core.studies.judge import classifier
 
 DIM = 10  # of the codes; the number of centres
 HIDDEN = (256, 128)  # of the encoders; decoders and generators mirror them

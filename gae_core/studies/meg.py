@@ -11,12 +11,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from gae_core import data, judge, metrics, nets, plots, train
+from gae_core import data, metrics, nets, plots, train
+from gae_core.chains import latent_energy, mala
 from gae_core.energy import gradient_penalty_r1
 from gae_core.entropy import knn_entropy
 from gae_core.models.meg import MEG, WGANGP
 from gae_core.records import Outcome, Study
-from gae_core.sampling import latent_energy, mala
+from gae_core.studies import judge
 
 BETAS = (0.5, 0.9)  # of Adam, as in the authors' code
 SCALE = math.sqrt(8)  # the toy's coordinates are divided by it, as there: its lam = 0.1 belongs to these units

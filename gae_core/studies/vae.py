@@ -10,10 +10,10 @@ import time
 import torch
 from torch import Tensor, nn
 
-from gae_core import data, metrics, nets, plots, train, variational
-from gae_core.judge import classifier
+from gae_core import data, metrics, nets, plots, train
 from gae_core.models.vae import IWAE, VAE
 from gae_core.records import Outcome, Study
+from gae_core.studies.judge import classifier
 
 DIM = 50
 Recipe = dict[str, tuple[int, int, float]]  # size -> epochs, rows of a batch, learning rate at the start
@@ -65,7 +65,7 @@ def nll(model: VAE, x: Tensor, *, size: str, seed: int) -> dict[str, float]:
     """
     few, images, many, _ = TEST[size]
     noise = torch.Generator().manual_seed(seed)
-    estimate = functools.partial(variational.importance_weighted_nll, model, proposal="posterior", generator=noise)
+    estimate = functools.partial(metrics.importance_weighted_nll, model, proposal="posterior", generator=noise)
     whole = estimate(x, samples=few).nll
     some = torch.arange(0, len(x), max(1, len(x) // images))[:images]
     tight = estimate(x[some], samples=many).nll
@@ -82,8 +82,8 @@ def measure(model: VAE, images: data.Images, *, size: str, seed: int) -> dict[st
     noise = torch.Generator().manual_seed(seed)
     x = binarised(images.x_test, seed=0)
     mu, logvar = metrics.in_batches(model.posterior, x)
-    split = variational.encoder_information(mu, logvar, generator=noise)
-    elbo = variational.importance_weighted_nll(model, x, samples=1, generator=noise).nll
+    split = metrics.encoder_information(mu, logvar, generator=noise)
+    elbo = metrics.importance_weighted_nll(model, x, samples=1, generator=noise).nll
     features = classifier(images).features
     fake = torch.cat([model.sample(1000, generator=noise).cpu() for _ in range(max(1, len(x) // 1000))])
     seen = [metrics.in_batches(features, v) for v in (fake, images.x_test)]
@@ -94,7 +94,7 @@ def measure(model: VAE, images: data.Images, *, size: str, seed: int) -> dict[st
         "mutual information": split.mutual_information,
         "cap of the information": split.cap,
         "KL of the aggregate": split.kl_aggregate,
-        "active units": float(variational.active_units(mu)),
+        "active units": float(metrics.active_units(mu)),
         "Fréchet, N(0, I)": metrics.frechet_distance(*seen),
     }
 
@@ -111,7 +111,7 @@ def fit(
         if epoch % every == 0:
             noise.manual_seed(0)
             options = {"samples": TEST[size][3], "proposal": "posterior", "generator": noise}
-            curve.append(float(variational.importance_weighted_nll(model, x, **options).nll.mean()))
+            curve.append(float(metrics.importance_weighted_nll(model, x, **options).nll.mean()))
 
     history = train.fit(
         model,

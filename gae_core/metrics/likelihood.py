@@ -1,4 +1,4 @@
-"""Measures of a variational model: its likelihood, and what its encoder's distribution q(z | x) carries. In nats."""
+"""Likelihoods of models with a latent variable, by importance sampling."""
 
 import itertools
 import math
@@ -8,9 +8,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from gae_core.data import to_unit
-from gae_core.gaussian import kl_to_standard_normal, standard_normal_log_prob
+from gae_core.gaussian import standard_normal_log_prob
 
 WIDTHS = (0.3, 0.7)  # of the widened posteriors: their smallest standard deviations, in those of the prior
+
 PROPOSALS = ("mixture", "posterior", "prior")
 
 
@@ -135,102 +136,3 @@ def _proposals(model: nn.Module, x: Tensor, condition: tuple, kind: str) -> tupl
         return mu[:, None], sigma[:, None]
     wide = [torch.maximum(sigma, width * scale) for width in WIDTHS]
     return torch.stack([mu, *(mu for _ in wide), prior_mean], 1), torch.stack([sigma, *wide, scale], 1)
-
-
-def active_units(mu: Tensor, *, threshold: float = 0.01) -> int:
-    r"""Number of coordinates j with :math:`\operatorname{Var}_x \mathrm{E}_q[z_j|x] \ge` threshold (Burda et al.).
-
-    It says that the code's mean moves, not that the code carries information, nor that the decoder uses it: batch norm
-    of the means makes every unit active, whatever their noise. Report :func:`encoder_information` beside it.
-
-    Args:
-        mu: means of q(z | x) for each x, (n >= 2, d).
-        threshold: smallest variance of an active unit; 0.01 in the literature.
-
-    Raises:
-        ValueError: for another shape, means that are not finite, or a threshold that is no number of at least 0.
-    """
-    _check_codes("mu", mu)
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"threshold must be a number of at least 0, got {threshold}")
-    return int((mu.detach().double().var(0) >= threshold).sum())
-
-
-@dataclass(frozen=True)
-class EncoderInformation:
-    """How the divergence in a VAE's loss splits: kl = mutual_information + kl_aggregate, ``eq-vae-split``.
-
-    Attributes:
-        kl: mean of KL(q(z | x) || p(z)) over the data, in closed form.
-        mutual_information: I(x; z) under q, by one or more z for each x.
-        kl_aggregate: KL(q(z) || p(z)) of the aggregate posterior q(z), the mean of q(z | x) over the data.
-        cap: ln N, which ``mutual_information`` cannot exceed. A value near it says "at least", and ``kl_aggregate``
-            "at most", for new data of the same kind.
-    """
-
-    kl: float
-    mutual_information: float
-    kl_aggregate: float
-    cap: float
-
-
-@torch.no_grad()
-def encoder_information(
-    mu: Tensor, logvar: Tensor, *, samples: int = 1, chunk_size: int = 1000, generator: Generator | None = None
-) -> EncoderInformation:
-    r"""Mutual information of data and code, and divergence of the aggregate posterior from N(0, I).
-
-    .. math:: \hat I = \frac1N \sum_n \log\frac{q(z_n|x_n)}{\frac1N\sum_m q(z_n|x_m)}, \qquad z_n \sim q(z|x_n)
-
-    The mixture runs over all N rows. Give it the whole data set: the estimate is at most ln N, and averages over
-    batches of 32, as some published figures are, at most ln 32 = 3.47. Its expectation is the information on which of
-    the N rows was encoded, which on average over data sets is at most I(x; z). That is not negative, but the estimate
-    can be, slightly, where it is near 0.
-
-    Args:
-        mu: means of q(z | x) for each x, (N >= 2, d).
-        logvar: logarithms of the variances, (N, d).
-        samples: z drawn for each x.
-        chunk_size: rows of the N x N matrix at a time.
-        generator: source of the noise, on any device.
-
-    Raises:
-        ValueError: for shapes that do not fit, entries that are not finite, or a number below 1.
-    """
-    _check_codes("mu", mu)
-    _check_codes("logvar", logvar)
-    if mu.shape != logvar.shape or samples < 1 or chunk_size < 1:
-        raise ValueError(
-            f"logvar must have the shape of mu, samples and chunk_size be at least 1, "
-            f"got {tuple(logvar.shape)} for {tuple(mu.shape)}, samples={samples}, chunk_size={chunk_size}"
-        )
-    if logvar.abs().max() > 600:
-        raise ValueError(
-            f"logvar must be in [-600, 600], where its exponentials are finite, got {float(logvar.min()):g} to "
-            f"{float(logvar.max()):g}: such a posterior is a point, or none"
-        )
-    mu, logvar = mu.double(), logvar.double()
-    n, d = mu.shape
-    precision = (-logvar).exp()
-    natural = torch.cat([mu * precision, -0.5 * precision], 1)  # of the Gaussians, for z and its square
-    log_norm = -0.5 * (logvar.sum(1) + d * math.log(2 * math.pi) + (mu.square() * precision).sum(1))  # (N,)
-    own = torch.arange(n, device=mu.device)
-    device = mu.device if generator is None else generator.device
-    gains = []
-    for _ in range(samples):
-        eps = torch.randn(n, d, generator=generator, device=device, dtype=torch.float64).to(mu.device)
-        z = mu + (0.5 * logvar).exp() * eps
-        for rows, points in zip(own.split(chunk_size), z.split(chunk_size), strict=True):
-            log_q = torch.addmm(log_norm, torch.cat([points, points.square()], 1), natural.T)  # (chunk, N)
-            gains.append(log_q.gather(1, rows[:, None])[:, 0] - log_q.logsumexp(1) + math.log(n))
-    kl = float(kl_to_standard_normal(mu, logvar).mean())
-    information = float(torch.cat(gains).mean())
-    return EncoderInformation(kl, information, kl_aggregate=kl - information, cap=math.log(n))
-
-
-def _check_codes(name: str, value: Tensor) -> None:
-    """Raise a ValueError unless ``value`` is finite, of shape (n >= 2, d >= 1)."""
-    if value.ndim != 2 or len(value) < 2 or value.shape[1] < 1:
-        raise ValueError(f"{name} must have shape (n >= 2, d >= 1), got {tuple(value.shape)}")
-    if not torch.isfinite(value).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinite entries")

@@ -1,57 +1,13 @@
-"""Measures of reconstructions, samples and codes. Each says what a perfect model would get.
-
-Those of likelihoods and of an encoder's distribution are in ``variational``.
-"""
+"""Measures of samples beside data. Each says what a perfect model would get."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gae_core.data import to_unit
-from gae_core.models.autoencoder import squared_distance
-
-
-@torch.no_grad()
-def in_batches(
-    function: Callable[[Tensor], Tensor | tuple[Tensor, ...]], x: Tensor, *, batch_size: int = 1000
-) -> Tensor | tuple[Tensor, ...]:
-    """Apply a function or module to x by batches, without gradient; bytes become floats in [0, 1].
-
-    A module is put where its parameters are, in the mode that it is in: call ``.eval()`` first for a model with
-    batch norm.
-
-    Args:
-        function: maps (batch, ...) to (batch, ...), or to a tuple of such, as ``model.posterior`` does.
-        x: inputs, (n, ...), on any device.
-        batch_size: rows at a time.
-
-    Returns:
-        Results, (n, ...), on the device of ``x``; a tuple of them if ``function`` gives tuples.
-
-    Raises:
-        ValueError: if ``batch_size`` is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-    parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
-    device = x.device if parameter is None else parameter.device
-    results = [function(to_unit(batch.to(device))) for batch in x.split(batch_size)]
-    if isinstance(results[0], tuple):
-        return tuple(torch.cat(parts).to(x.device) for parts in zip(*results, strict=True))
-    return torch.cat(results).to(x.device)
-
-
-def squared_error(model: nn.Module, x: Tensor) -> Tensor:
-    r"""Reconstruction error :math:`\|x - D(E(x))\|^2`, summed over the entries of x, one value per sample (n,).
-
-    Raises:
-        ValueError: if the model gives another shape than that of x. A row with NaN has the error NaN.
-    """
-    return squared_distance(to_unit(x), in_batches(model, x))
 
 
 def _check_features(name: str, value: Tensor, *, like: Tensor, least: int) -> None:
@@ -317,39 +273,6 @@ def detection(scores: Tensor, anomaly: Tensor) -> Detection:
     )
 
 
-def trustworthiness(x: Tensor, z: Tensor, k: int = 12) -> float:
-    r"""How far the nearest neighbours of the codes are neighbours of the data, in [0, 1]; near 1/2 by chance.
-
-    .. math:: 1 - \frac{2}{n k (2n - 3k - 1)} \sum_i \sum_{j \in N_k(z_i)} \max(0, r_i(j) - k)
-
-    Implements ``def-family-trustworthiness``: r_i(j) is the rank of x_j among the neighbours of x_i. Only
-    the order of distances counts, so the codes' scale does not matter. Where codes are equal the order is arbitrary: a
-    code of a few symbols has no trustworthiness.
-
-    Source: Venna and Kaski, *Neighborhood preservation in nonlinear projection methods*, ICANN 2001.
-
-    Args:
-        x: data, (n, ...).
-        z: their codes, (n, d).
-        k: neighbours, below n / 2.
-
-    Raises:
-        ValueError: if the rows differ in number, are not finite, or are too few for k.
-    """
-    from sklearn.manifold import trustworthiness as measured
-
-    if len(x) != len(z) or k != int(k) or not 1 <= k < len(x) / 2:
-        raise ValueError(
-            f"z must have one row for each x, and k be a whole number from 1 to n / 2, "
-            f"got {len(z)} and {len(x)} rows, k={k}"
-        )
-    if z.ndim != 2:
-        raise ValueError(f"z must have shape (n, d), got {tuple(z.shape)}; codes of one dimension are z[:, None]")
-    if not (torch.isfinite(x).all() and torch.isfinite(z).all()):
-        raise ValueError("x and z must be finite, got NaN or infinite entries")
-    return float(measured(*(to_unit(v).flatten(1).double().cpu().numpy() for v in (x, z)), n_neighbors=k))
-
-
 @torch.no_grad()
 def parzen_log_likelihood(samples: Tensor, x: Tensor, *, width: float, chunk_size: int = 500) -> Tensor:
     r"""Log-likelihood of x under Gaussians of standard deviation ``width`` on the samples. A poor measure.
@@ -417,54 +340,3 @@ def inception_fid(
             as_bytes = batch if batch.dtype == torch.uint8 else (255 * batch).round().byte()
             fid.update(as_bytes.expand(-1, 3, -1, -1).to(device), real=is_real)
     return float(fid.compute())
-
-
-@dataclass(frozen=True)
-class Gaussianity:
-    """How far codes are from N(0, I). Each but radius_std is 0 for the distribution itself, up to sampling.
-
-    Attributes:
-        ks_marginal: mean over coordinates of the Kolmogorov-Smirnov distance to N(0, 1).
-        ks_radius: Kolmogorov-Smirnov distance of the squared length to chi-squared with d degrees of freedom. Codes
-            on a sphere have nearly normal marginals in high dimension: this is what sees them.
-        radius_std: standard deviation of the squared length over sqrt(2 d), its value for N(0, I): 1 for that.
-        max_correlation: largest absolute correlation between two coordinates (0 for d = 1).
-        ks_noise: 1.36 / sqrt(n), what a Kolmogorov-Smirnov distance of truly normal codes exceeds once in twenty.
-    """
-
-    ks_marginal: float
-    ks_radius: float
-    radius_std: float
-    max_correlation: float
-    ks_noise: float
-
-
-def gaussianity(z: Tensor) -> Gaussianity:
-    """Compare codes with N(0, I): marginals, radius, correlations.
-
-    Args:
-        z: codes, (n, d), n >= 3.
-
-    Raises:
-        ValueError: for another shape, codes that are not finite, or a coordinate that is constant.
-    """
-    from scipy import stats
-
-    if z.ndim != 2 or len(z) < 3 or z.shape[1] < 1:
-        raise ValueError(f"z must have shape (n >= 3, d >= 1), got {tuple(z.shape)}")
-    if not torch.isfinite(z).all():
-        raise ValueError("z must be finite, got NaN or infinite entries")
-    z = z.detach().double().cpu()
-    n, d = z.shape
-    if (constant := (z.std(0) == 0)).any():
-        raise ValueError(f"z must vary in every coordinate, got constant ones: {constant.nonzero().ravel().tolist()}")
-    marginal = [stats.kstest(column.numpy(), "norm").statistic for column in z.T]
-    squared = z.square().sum(1)
-    correlation = torch.corrcoef(z.T).reshape(d, d) - torch.eye(d)
-    return Gaussianity(
-        ks_marginal=float(sum(marginal)) / d,
-        ks_radius=float(stats.kstest(squared.numpy(), "chi2", args=(d,)).statistic),
-        radius_std=float(squared.std()) / math.sqrt(2 * d),
-        max_correlation=float(correlation.abs().max()),
-        ks_noise=1.36 / math.sqrt(n),
-    )
