@@ -23,7 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from gae_core import experiments, records  # noqa: E402
+from gae_core import records  # noqa: E402
+from gae_core.studies import registry  # noqa: E402
 
 LIMIT = 16 * 10**6  # bytes of an archive
 
@@ -61,7 +62,7 @@ def parts(options: argparse.Namespace) -> dict[str, list[list[str]]]:
     how = ["--size", options.size, "--seeds", options.seeds, "--device", options.device]
     how += ["--data", options.data] if options.data else []
     out = ["--out", str(options.out / "results")]
-    names = [n for n in (*experiments.MODELS, *experiments.STUDIES) if experiments.runs_on(n, options.data)]
+    names = [name for name, study in registry.STUDIES.items() if options.data in (None, *study.data)]
     runs = {f"run {name}": [["-m", "gae_core", "run", name, *how, *out]] for name in names}
     text = str(options.out / "training.md")
     benchmark = ["benchmarks/training.py", "--device", options.device, "--out", text]

@@ -1,8 +1,12 @@
 """Estimators, models and metrics of the book *Generative Autoencoders*, small enough to copy.
 
-Floors, each importing only from the ones above it in this list:
-``gaussian``, ``entropy``, ``normalization``, ``sampling``, ``nets``, ``data``; then ``models``;
-then ``train``, ``metrics``, ``variational``, ``plots``; then ``experiments``.
+A room imports from floors below its own alone. From the ground up:
+
+- mathematics, each file of which can be copied alone: ``gaussian``, ``entropy``, ``normalization``, ``densities``,
+  ``chains``, ``information``, ``energy``; beside them ``nets``, ``data``, ``text``, ``parallel``, ``seeds``;
+- ``languages`` and ``models``, which know no training;
+- ``train``; ``metrics``, what is measured; ``records``, what was; ``plots``;
+- ``studies``: a recipe, its run and what is measured of it, all of them in ``studies.registry``; ``__main__`` runs them.
 """
 
 __version__ = "0.1.0"

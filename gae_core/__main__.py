@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from gae_core import data, experiments, plots, records, train
+from gae_core import data, plots, records, train
+from gae_core.studies import registry
+from gae_core.studies.study import SIZES
 
 DATA = {
     "digits": "1,797 images of 8×8, inside scikit-learn",
@@ -51,7 +53,7 @@ def _device(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gae_core", description=__doc__.split(": ", 1)[1])
     commands = parser.add_subparsers(dest="command", required=True)
-    model, images = _one_of("model", experiments.MODELS), _one_of("data set", DATA)
+    model, images = _one_of("model", registry.MODELS), _one_of("data set", DATA)
 
     commands.add_parser("list", help="models, data sets and sizes")
 
@@ -69,14 +71,14 @@ def _parser() -> argparse.ArgumentParser:
         "that the record has are not run again, others join it. A record made by other code, with other settings or on "
         "another device is made again if --seeds names all of its seeds, and else left as it is, with an error.",
     )
-    run.add_argument("name", type=_one_of("model or study", [*experiments.MODELS, *experiments.STUDIES, "all"]))
-    names = dict.fromkeys([*DATA, *(name for _, study in experiments.STUDIES.values() for name in study.data)])
-    run.add_argument("--data", type=_one_of("data set", names), help="default: mnist, or a study's own")
+    run.add_argument("name", type=_one_of("study", [*registry.STUDIES, "all"]))
+    names = dict.fromkeys([*DATA, *(name for study in registry.STUDIES.values() for name in study.data)])
+    run.add_argument("--data", type=_one_of("data set", names), help="default: the study's own")
     run.add_argument("--seeds", type=_seeds, default="0,1,2", help="one training each, default 0,1,2")
     run.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the records, default book/results")
     run.add_argument("--replace", action="store_true", help="lose the seeds of a record that was made otherwise")
     for c in (command, run):
-        c.add_argument("--size", type=_one_of("size", experiments.SIZES), default="full")
+        c.add_argument("--size", type=_one_of("size", SIZES), default="full")
         c.add_argument("--device", type=_device, default="auto")
 
     command = commands.add_parser("data", help="fetch a data set into $GAE_DATA (default data/) and check it")
@@ -94,10 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> None:
-    models = {name: about for name, (about, _) in experiments.MODELS.items()}
-    sizes = {name: f"{size.images:,},000 images seen in training" for name, size in experiments.SIZES.items()}
-    studies = {name: study.about for name, (_, study) in experiments.STUDIES.items()}
-    for title, lines in {"Models": models, "Studies": studies, "Data sets": DATA, "Sizes": sizes}.items():
+    models = {name: study.about for name, study in registry.MODELS.items()}
+    studies = {name: study.about for name, study in registry.STUDIES.items() if name not in models}
+    for title, lines in {"Models": models, "Studies": studies, "Data sets": DATA, "Sizes": SIZES}.items():
         width = max([14, *(len(name) + 2 for name in lines)])
         print(title, *(f"  {name:<{width}}{about}" for name, about in lines.items()), sep="\n")
 
@@ -109,23 +110,24 @@ def _train(options: argparse.Namespace) -> None:
     about["seed"] = options.seed
     if path.exists() and not options.resume:
         raise FileExistsError(f"{path} exists: --resume goes on from it, --checkpoint names another")
-    if path.exists() and (found := experiments.load_checkpoint(path)[1]) != about:
+    if path.exists() and (found := registry.load_checkpoint(path)[1]) != about:
         raise ValueError(f"{path} is of another training: it has {found}, this one is {about}")
     records.writable(path.parent)
-    model = experiments.build(options.name, images.shape, size=options.size, seed=options.seed)
-    experiments.label(model, **about)
-    how = {"device": options.device, "checkpoint": path, "resume": options.resume}
-    history = experiments.fit(model, images, size=options.size, seed=options.seed, **how)
-    last = {name: values[-100:].mean().item() for name, values in history.items()}
+    run = {"data": images.name, "size": options.size, "seed": options.seed}
+    model = registry.build(options.name, images.shape, **run)
+    registry.label(model, **about)
+    how = {"device": options.device, "checkpoint": path, "resume": options.resume, "progress": True}
+    training = registry.fit(options.name, model, images.x_train, **run, **how)
+    last = {name: values[-100:].mean().item() for name, values in training.history.items()}
     print(f"{path}: mean of the last steps: {', '.join(f'{name} {value:.3f}' for name, value in last.items())}")
 
 
 def _run(options: argparse.Namespace) -> None:
     how = {"seeds": options.seeds, "size": options.size, "device": options.device, "out": options.out}
     how |= {"replace": options.replace, "say": lambda line: print(line, file=sys.stderr, flush=True)}
-    every = [name for name in (*experiments.MODELS, *experiments.STUDIES) if experiments.runs_on(name, options.data)]
+    every = [name for name, study in registry.STUDIES.items() if options.data in (None, *study.data)]
     for name in every if options.name == "all" else [options.name]:
-        print(experiments.record(name, data_name=options.data, **how), flush=True)
+        print(registry.record(name, data=options.data, **how), flush=True)
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -142,7 +144,7 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    model, about = experiments.load_checkpoint(options.checkpoint)
+    model, about = registry.load_checkpoint(options.checkpoint)
     if options.n < 1:
         raise ValueError(f"-n must be at least 1, got {options.n}")
     out = options.out or options.checkpoint.with_suffix(".png")
@@ -155,7 +157,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    groups = records.groups(options.out, [*experiments.MODELS, *experiments.STUDIES])
+    groups = records.groups(options.out, list(registry.STUDIES))
     if not groups:
         raise FileNotFoundError(f"there is no record in {options.out}: `python -m gae_core run all` makes them")
     print("\n\n".join(f"## {title}\n\n{records.table(g)}\n\n{records.origin(g)}" for title, g in groups.items()))

@@ -80,7 +80,8 @@ def _digits() -> Images:
 
 
 _TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-NAMES = ("digits", *_TORCHVISION)  # of images
+NAMES = (*_TORCHVISION, "digits")  # of images
+ROWS = {"mnist": 60_000, "fashion_mnist": 60_000, "digits": 1_347}  # for training
 
 
 def load(name: str, *, root: str | Path | None = None, download: bool = False) -> Images:

@@ -7,12 +7,9 @@ import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 
@@ -20,46 +17,6 @@ KEYS = (
     *("model", "data", "size", "command", "epochs", "seeds", "device", "torch", "date", "commit"),
     *("training seconds", "samples a second", "peak memory, MiB", "metrics"),
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one seed of a study gave.
-
-    Attributes:
-        metrics: name -> value, with the unit in the name where it is neither nats nor plain.
-        parameters: numbers that were trained.
-        training_seconds: of the training alone.
-        samples: rows that the training saw, over all epochs.
-        curves: name -> values in the course of the training.
-        figure: a matplotlib figure, kept for the first seed.
-    """
-
-    metrics: Mapping[str, float]
-    parameters: int
-    training_seconds: float
-    samples: int
-    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    figure: Any = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """A named run that can be recorded.
-
-    Attributes:
-        about: one line on what it is.
-        data: names of the data sets that it can run on, the first of them by default.
-        settings: ``settings(data, size)``: all that runs must agree in to stand in one record, with "epochs" among it.
-        run: ``run(data, size, seed, device)`` trains and measures one seed.
-        judged: ``judged(data)`` gives the images whose classifier its metrics use; its accuracy goes into the record.
-    """
-
-    about: str
-    data: tuple[str, ...]
-    settings: Callable[[str, str], dict]
-    run: Callable[[str, str, int, torch.device], Outcome]
-    judged: Callable[[str], Any] | None = None
 
 
 def read(path: Path) -> dict:

@@ -1,11 +1,14 @@
 """One training loop for every model."""
 
+import contextlib
 import math
 import numbers
 import os
 import pickle
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,9 +17,31 @@ from tqdm import tqdm
 
 from gae_core import parallel
 from gae_core.data import to_unit
+from gae_core.seeds import stream
 
 History = dict[str, Tensor]
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training was.
+
+    Attributes:
+        history: mean of each term of the loss on each step, float32, shape (steps,), on the CPU. With players the names
+            are "player term", and each has the steps of its player. It begins with the training, wherever it was
+            resumed.
+        seconds: of this call's steps by the clock on the wall, without what the callback and the checkpoints took.
+        processor_seconds: of this process meanwhile: what others do on the machine does not count, each thread does.
+        rows: that this call's steps saw, each as often as it was seen.
+        parameters: numbers that were trained.
+    """
+
+    history: History
+    seconds: float
+    processor_seconds: float
+    rows: int
+    parameters: int
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -59,7 +84,7 @@ def fit(
     resume: bool = False,
     callback: Callable[[nn.Module, int], None] | None = None,
     progress: bool = True,
-) -> History:
+) -> Training:
     """Train a model in place, with Adam or plain gradient descent, on the mean of its loss.
 
     What would train, but not what was meant, is refused before the first step or at it: data that are no tensor, have
@@ -67,7 +92,7 @@ def fit(
 
     Each epoch passes over the data once, in a new order; the rows left over by the last whole batch are left out of
     that epoch (a small batch would be no fair sample for what is computed over a batch). The order and the model's
-    noise come from ``seed`` alone; the initial weights are the caller's.
+    noise come from ``seed`` alone, each from its stream (:mod:`gae_core.seeds`); the initial weights are the caller's.
 
     A model with opposing players has ``players``, which maps each player's name to (its parameters, its steps a
     round), and a ``loss`` that takes ``player=name``. The players take turns in that order, each with an optimizer of
@@ -108,8 +133,7 @@ def fit(
         progress: show a progress bar if standard error is a terminal.
 
     Returns:
-        Mean of each term of the loss on each step, float32, shape (steps,), on the CPU. With players the names are
-        "player term", and each has the steps of its player.
+        Its history, times and sizes.
 
     Raises:
         ValueError: for arguments that do not fit together, data with NaN or infinite entries, a model or loss of
@@ -125,29 +149,21 @@ def fit(
     _check_data(model, x, y)
     parallel.start(device)
     rank, size = parallel.rank_and_size()
-    for name, value in {"epochs": epochs, "batch_size": batch_size, "seed": seed}.items():
-        if not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if epochs < 1 or not 1 <= batch_size <= len(x) or batch_size % size:
-        raise ValueError(
-            f"epochs must be at least 1 and batch_size a multiple of the {size} process(es) between 1 and n, "
-            f"got epochs={epochs}, batch_size={batch_size}, n={len(x)}"
-        )
-    if y is not None and len(y) != len(x):
-        raise ValueError(f"y must have one row for each row of x, got {len(y)} and {len(x)}")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr must be a number of at least 0, got {lr}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be in [0, 1), and two, got {betas}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be a positive norm or None, got {clip}")
-    if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint is None):
-        raise ValueError(f"checkpoint_every must be at least 1, with a checkpoint to write to, got {checkpoint_every}")
-    if resume and checkpoint is None:
-        raise ValueError("resume must have a checkpoint to go on from: pass checkpoint=path")
-
+    _check_options(
+        len(x),
+        None if y is None else len(y),
+        size,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        betas=betas,
+        clip=clip,
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+    )
     loss_of, cast = _compiled(model.loss, compile, device), _autocast(precision, device)
     model.to(device)
     x, y = x.to(device), None if y is None else y.to(device)
@@ -158,11 +174,7 @@ def fit(
         raise ValueError(f"model must have parameters that require a gradient, got none of {', '.join(frozen)}")
     rates = {"lr": lr, "fused": True} | ({"betas": betas} if optimizer == "adam" else {})
     optimizers = {name: OPTIMIZERS[optimizer](group, **rates) for name, group in parameters.items()}
-    order = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
     steps = len(x) // batch_size
-    history: dict[str, list[float]] = {}
-    done = 0  # steps
 
     # What must agree for a checkpoint to be of this training.
     settings = {"rows": len(x), "batch_size": batch_size, "lr": lr, "seed": seed, "clip": clip, "precision": precision}
@@ -172,10 +184,13 @@ def fit(
         settings["betas"] = tuple(betas)
     if schedule is not None:
         settings["epochs"] = epochs  # the schedule depends on the end
+    order, noise = stream(seed, "order"), stream(seed, "noise", device=device)
+    state = _State(settings, model, optimizers, order, noise)
     if checkpoint is not None and (checkpoint := Path(checkpoint)).exists():
         if not resume:
             raise FileExistsError(f"{checkpoint} exists: pass resume=True to go on from it, or remove it")
-        done, history = _load(checkpoint, settings, epochs, steps, model, optimizers, order, noise)
+        state.load(checkpoint, epochs, steps)
+    done, clock = state.steps, _Clock(device)
     if size > 1:
         parallel.broadcast_(model.state_dict().values())
 
@@ -224,17 +239,25 @@ def fit(
                     nn.utils.clip_grads_with_norm_(parameters[player], clip, norm)
                 turn.step()
                 for name in names[:-1]:
-                    history.setdefault(name, []).append(found[name])
+                    state.history.setdefault(name, []).append(found[name])
+                state.steps = number + 1
                 last = step + 1 == steps
                 if checkpoint is not None and rank == 0 and (last or (step + 1) % (checkpoint_every or steps) == 0):
-                    here = order.get_state() if last else order_before  # the next order, or this one again
-                    _save(checkpoint, settings, number + 1, history, model, optimizers, here, noise)
+                    with clock.stopped():
+                        state.save(checkpoint, order.get_state() if last else order_before)  # the next, or this again
             model.eval()
             if callback is not None and rank == 0:
-                callback(model, epoch + 1)
+                with clock.stopped():
+                    callback(model, epoch + 1)
     finally:
         model.eval()  # whatever happened
-    return {name: torch.tensor(values) for name, values in history.items()}
+    trained = {id(p): p.numel() for group in parameters.values() for p in group}
+    return Training(
+        {name: torch.tensor(values) for name, values in state.history.items()},
+        *clock.seconds(),
+        rows=(state.steps - done) * batch_size,
+        parameters=sum(trained.values()),
+    )
 
 
 def _check_data(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
@@ -258,6 +281,47 @@ def _check_data(model: nn.Module, x: Tensor, y: Tensor | None) -> None:
             rows = (~value.isfinite()).flatten(1).any(1).nonzero().ravel().tolist()
             some = f"{', '.join(map(str, rows[:9]))}{', ...' if len(rows) > 9 else ''}"
             raise ValueError(f"{name} must be finite, got NaN or infinite entries in {len(rows)} rows: {some}")
+
+
+def _check_options(
+    n: int,
+    labels: int | None,
+    size: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    optimizer: str,
+    betas: tuple[float, float],
+    clip: float | None,
+    seed: int,
+    checkpoint: str | Path | None,
+    checkpoint_every: int | None,
+    resume: bool,
+) -> None:
+    """Raise a ValueError for options of :func:`fit` that do not fit together, n rows, or ``size`` processes."""
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "seed": seed}.items():
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if epochs < 1 or not 1 <= batch_size <= n or batch_size % size:
+        raise ValueError(
+            f"epochs must be at least 1 and batch_size a multiple of the {size} process(es) between 1 and n, "
+            f"got epochs={epochs}, batch_size={batch_size}, n={n}"
+        )
+    if labels not in (None, n):
+        raise ValueError(f"y must have one row for each row of x, got {labels} and {n}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be a number of at least 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), and two, got {betas}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be a positive norm or None, got {clip}")
+    if checkpoint_every is not None and (checkpoint_every < 1 or checkpoint is None):
+        raise ValueError(f"checkpoint_every must be at least 1, with a checkpoint to write to, got {checkpoint_every}")
+    if resume and checkpoint is None:
+        raise ValueError("resume must have a checkpoint to go on from: pass checkpoint=path")
 
 
 def _check_loss(loss, n: int) -> None:
@@ -288,49 +352,114 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=use)
 
 
-def _save(path, settings, done, history, model, optimizers, order, noise) -> None:
-    """Write a checkpoint beside ``path``, then rename it: a crash leaves the old one or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    state = {
-        "settings": settings,
-        "steps": done,
-        "history": {name: torch.tensor(values, dtype=torch.float64) for name, values in history.items()},
-        "model": model.state_dict(),
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-        "order": order,
-        "noise": noise.get_state(),
-    }
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch answers a full disk with the latter
-        temporary.unlink(missing_ok=True)
-        told = str(error).partition("\n")[0]
-        raise OSError(f"cannot write {path}, is the disk full? What was there is as it was. {told}") from error
-    temporary.replace(path)
+class _Clock:
+    """Seconds by the clock on the wall and of the processor, without those in which it was stopped."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.wall, self.busy = device, 0.0, 0.0
+        self._go()
+
+    def _now(self) -> tuple[float, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter(), time.process_time()
+
+    def _go(self) -> None:
+        self.started = self._now()
+
+    def _stop(self) -> None:
+        wall, busy = self._now()
+        self.wall, self.busy = self.wall + wall - self.started[0], self.busy + busy - self.started[1]
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens within it does not count."""
+        self._stop()
+        yield
+        self._go()
+
+    def seconds(self) -> tuple[float, float]:
+        """All of them; after it the clock is of no use."""
+        self._stop()
+        return self.wall, self.busy
 
 
-def _load(path, settings, epochs, steps, model, optimizers, order, noise) -> tuple[int, dict[str, list[float]]]:
-    """Restore everything from a checkpoint of the same training; returns steps done and the history."""
-    device = next(model.parameters()).device
-    try:
-        state = torch.load(path, weights_only=True, map_location=device)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint, or a damaged one: {error}") from error
-    if state.get("settings") != settings:
-        raise ValueError(f"{path} is of another training: it has {state.get('settings')}, this call has {settings}")
-    if state["steps"] > epochs * steps:
-        raise ValueError(f"{path} has {state['steps'] / steps:g} epochs done, more than epochs={epochs}")
-    shapes, here = ({name: tuple(v.shape) for name, v in s.items()} for s in (state["model"], model.state_dict()))
-    if shapes != here:  # compared before anything is loaded: load_state_dict would stop half-way
-        name = next(name for name in shapes | here if shapes.get(name) != here.get(name))
-        raise ValueError(f"{path} is of another model: {name} is {shapes.get(name)} there and {here.get(name)} here")
-    model.load_state_dict(state["model"])
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    order.set_state(state["order"].cpu())
-    noise.set_state(state["noise"].cpu())
-    return state["steps"], {name: values.tolist() for name, values in state["history"].items()}
+@dataclass
+class _State:
+    """Where a training stands, as it is kept in a checkpoint.
+
+    Attributes:
+        settings: what must agree for a checkpoint to be of this training.
+        model: that is trained.
+        optimizers: of each player.
+        order: stream of the order of the rows.
+        noise: stream of the model's noise.
+        history: of each term, one value a step.
+        steps: that were made.
+    """
+
+    settings: dict
+    model: nn.Module
+    optimizers: dict[str, torch.optim.Optimizer]
+    order: torch.Generator
+    noise: torch.Generator
+    history: dict[str, list[float]] = field(default_factory=dict)
+    steps: int = 0
+
+    def save(self, path: Path, order: Tensor) -> None:
+        """Write beside ``path``, then rename: a crash leaves the old file or the new one, never half of one.
+
+        Args:
+            path: of the checkpoint.
+            order: state of the stream of the order, with which the training goes on from there.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        state = {
+            "settings": self.settings,
+            "steps": self.steps,
+            "history": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.history.items()},
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "order": order,
+            "noise": self.noise.get_state(),
+        }
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch answers a full disk with the latter
+            temporary.unlink(missing_ok=True)
+            told = str(error).partition("\n")[0]
+            raise OSError(f"cannot write {path}, is the disk full? What was there is as it was. {told}") from error
+        temporary.replace(path)
+
+    def load(self, path: Path, epochs: int, steps: int) -> None:
+        """Restore everything from a checkpoint of the same training, with ``steps`` an epoch, or nothing."""
+        device = next(self.model.parameters()).device
+        try:
+            state = torch.load(path, weights_only=True, map_location=device)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is no checkpoint, or a damaged one: {error}") from error
+        if state.get("settings") != self.settings:
+            raise ValueError(
+                f"{path} is of another training: it has {state.get('settings')}, this call has {self.settings}"
+            )
+        if state["steps"] > epochs * steps:
+            raise ValueError(f"{path} has {state['steps'] / steps:g} epochs done, more than epochs={epochs}")
+        shapes, here = (
+            {name: tuple(v.shape) for name, v in s.items()} for s in (state["model"], self.model.state_dict())
+        )
+        if shapes != here:  # compared before anything is loaded: load_state_dict would stop half-way
+            name = next(name for name in shapes | here if shapes.get(name) != here.get(name))
+            raise ValueError(
+                f"{path} is of another model: {name} is {shapes.get(name)} there and {here.get(name)} here"
+            )
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.order.set_state(state["order"].cpu())
+        self.noise.set_state(state["noise"].cpu())
+        self.steps = state["steps"]
+        self.history = {name: values.tolist() for name, values in state["history"].items()}

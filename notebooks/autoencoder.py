@@ -92,7 +92,7 @@ def fit(model):
         schedule=lambda t: 1 - t,
         seed=SEED,
         progress=False,
-    )
+    ).history
     print(f"{epochs} epochs in {time.perf_counter() - start:.0f} s")
     return history
 

@@ -137,7 +137,7 @@ for name, norm in norms.items():
         epochs=2 if SIZE == "short" else 10,
         seed=SEED,
         **recipe,
-    )
+    ).history
     print(
         f"{name:<7} {len(histories[name]['kl'])} steps in "
         f"{time.perf_counter() - start:.0f} s"

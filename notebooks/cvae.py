@@ -95,7 +95,7 @@ for kind, title in (
         "lr": 2e-3,
         "schedule": lambda t: 1 - t,
     }
-    history = train.fit(model, x, y, seed=0, progress=False, **how)
+    history = train.fit(model, x, y, seed=0, progress=False, **how).history
     models[title] = model.cpu()
     loss, kl = (float(history[name][-50:].mean()) for name in ("total", "kl"))
     print(

@@ -270,7 +270,7 @@ for name, walkback in (("without walkback", 1), ("with walkback", 4)):
     )  # a step of the walk costs as much as one without it
     history = train.fit(
         models[name], binary, epochs=passes, batch_size=100, lr=2e-3, progress=False
-    )
+    ).history
     first = history["first"][-50:].mean()
     print(
         f"{name:<18} {passes} epochs, {time.perf_counter() - start:.0f} s, nats a "

@@ -389,7 +389,7 @@ for name in ("autoencoder", "GAE, through the steps", "GAE, code as constant"):
         lr=3e-3,
         schedule=lambda t: 1 - t,
         progress=False,
-    )
+    ).history
     models[name] = model
     held_out = metrics.squared_error(model, images.x_test[:1000]).mean()
     print(

@@ -558,7 +558,7 @@ def test_extreme_log_variances_are_finite_here_and_stop_a_training_where_they_ov
         with pytest.raises(FloatingPointError, match="'kl' is inf"):
             train.fit(m.float(), images().float(), **options)
     else:
-        assert torch.isfinite(train.fit(m.float(), images().float(), **options)["total"]).all()
+        assert torch.isfinite(train.fit(m.float(), images().float(), **options).history["total"]).all()
 
 
 def test_training_never_falls_below_the_floor_and_the_plain_model_does():
@@ -567,7 +567,7 @@ def test_training_never_falls_below_the_floor_and_the_plain_model_does():
     x = images(256).float()
     options = dict(epochs=40, batch_size=64, lr=1e-2, device="cpu", progress=False)
     lowest = {
-        name: float(train.fit(model(norm).float(), x, **options)["kl"].min())
+        name: float(train.fit(model(norm).float(), x, **options).history["kl"].min())
         for name, norm in (("plain", None), ("fixed", FixedScaleBatchNorm(3, 0.7)), ("coupled", CoupledBatchNorm(3)))
     }
     assert lowest["plain"] < 0.1

@@ -307,9 +307,9 @@ FIT = dict(batch_size=4, lr=0.1, optimizer="sgd", device="cpu", progress=False)
 def test_annealing_resumes_exactly(tmp_path):
     x, options = batch(16), dict(warmup=20)
     whole, part, resumed = (build(**options) for _ in range(3))
-    expected = train.fit(whole, x, epochs=4, **FIT)
+    expected = train.fit(whole, x, epochs=4, **FIT).history
     train.fit(part, x, epochs=2, checkpoint=tmp_path / "a.pt", **FIT)
-    found = train.fit(resumed, x, epochs=4, checkpoint=tmp_path / "a.pt", resume=True, **FIT)
+    found = train.fit(resumed, x, epochs=4, checkpoint=tmp_path / "a.pt", resume=True, **FIT).history
     assert torch.equal(found["total"], expected["total"]) and int(resumed.steps) == 16
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
@@ -321,7 +321,7 @@ def test_the_encoder_and_its_norm_run_ahead_of_the_decoder():
     assert {name.split(".")[0] for name, p in names.items() if id(p) in inference} == {"encoder", "norm"}
     assert inference.isdisjoint(map(id, model.players["decoder"][0]))
     assert len(names) == len(inference) + len(model.players["decoder"][0])
-    history = train.fit(model, batch(16), epochs=2, **FIT)
+    history = train.fit(model, batch(16), epochs=2, **FIT).history
     assert (len(history["encoder total"]), len(history["decoder total"])) == (6, 2)
     before = [p.clone() for p in model.decoder.parameters()]
     train.fit(model, batch(12), epochs=1, **FIT)  # three steps, all of them the encoder's

@@ -392,7 +392,7 @@ def test_the_label_is_learned_and_the_prior_moves():
     x = (torch.rand(600, 5, generator=generator) < torch.eye(5)[y] * 0.8 + 0.1).float()
     for kind in ("beside", "prior"):
         model = labelled(kind=kind).float()
-        history = train.fit(model, x, y, epochs=60, batch_size=60, lr=1e-2, device="cpu", progress=False)
+        history = train.fit(model, x, y, epochs=60, batch_size=60, lr=1e-2, device="cpu", progress=False).history
         assert history["total"][-20:].mean() < history["total"][:5].mean() - 0.3
     drawn = labelled().float()
     train.fit(drawn, x, y, epochs=60, batch_size=60, lr=1e-2, device="cpu", progress=False)

@@ -843,10 +843,10 @@ def test_the_contractive_chain_moves_along_the_jacobian():
 
 def test_both_train_in_the_common_loop():
     x = (data.load("digits").x_train[:256] > 0.5).float()
-    history = train.fit(small(walkback=2), x, epochs=15, batch_size=64, lr=3e-3, device="cpu", progress=False)
+    history = train.fit(small(walkback=2), x, epochs=15, batch_size=64, lr=3e-3, device="cpu", progress=False).history
     assert history["total"][-4:].mean() < 0.8 * history["total"][:4].mean()
     assert history["first"][-4:].mean() < history["total"][-4:].mean()  # later steps start further away
-    history = train.fit(contractive(), x, epochs=5, batch_size=64, lr=3e-3, device="cpu", progress=False)
+    history = train.fit(contractive(), x, epochs=5, batch_size=64, lr=3e-3, device="cpu", progress=False).history
     assert history["total"][-4:].mean() < history["total"][:4].mean()
 
 

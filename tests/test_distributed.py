@@ -73,7 +73,7 @@ def work(folder):
         ("noise, long", Noisy(), 300, 4, {}),
         ("started apart", eae(seed=rank), 128, 1, {}),
     ):
-        history = fit(model, x[:n], y[:n], epochs=epochs, **OPTIONS, **more)
+        history = fit(model, x[:n], y[:n], epochs=epochs, **OPTIONS, **more).history
         results[name] = state(model) | history
 
     called = []
@@ -85,7 +85,7 @@ def work(folder):
     options = dict(checkpoint=folder / "state.pt", callback=callback, **OPTIONS)
     fit(eae(), x, epochs=2, checkpoint_every=1, **options)
     model = eae(seed=7)
-    history = fit(model, x, epochs=4, resume=True, **options)
+    history = fit(model, x, epochs=4, resume=True, **options).history
     results["resumed"], results["called"] = state(model) | history, called
     fit(model := eae(), x, epochs=4, **OPTIONS)
     results["unbroken"] = state(model)

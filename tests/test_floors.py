@@ -10,12 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MATHEMATICS = ("gaussian", "entropy", "normalization", "densities", "chains", "information", "energy")
 FLOORS = [
-    {*MATHEMATICS, "nets", "data", "parallel", "text"},
+    {*MATHEMATICS, "nets", "data", "parallel", "text", "seeds"},
     {"models", "languages"},
     {"train", "metrics", "plots", "records"},
     {"studies"},
-    {"recording"},
-    {"experiments", "__main__"},
+    {"__main__"},
 ]
 FILES = sorted((ROOT / "gae_core").rglob("*.py"))
 

@@ -1146,7 +1146,7 @@ def test_it_trains_in_the_common_loop():
     torch.manual_seed(0)
     _, decoder = nets.mlp_pair(x.shape[1:], 4, hidden=(32,))
     gae = GAE(decoder, 4, steps=5, step_size=0.05, sigma=0.3)
-    history = train.fit(gae, x, epochs=20, batch_size=64, lr=5e-3, device="cpu", progress=False)
+    history = train.fit(gae, x, epochs=20, batch_size=64, lr=5e-3, device="cpu", progress=False).history
     assert history["total"][-4:].mean() < history["total"][:4].mean() - 20
     with torch.no_grad():
         assert gae(x).shape == x.shape and not gae.encode(x).requires_grad

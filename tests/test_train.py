@@ -82,7 +82,7 @@ def test_it_is_adam_on_the_mean_of_the_total_written_out(betas):
     x, model, (b, c) = rows(7, 1, dtype=torch.float64), Mean(), betas
     options = {} if betas == (0.9, 0.999) else {"betas": betas}
     options |= dict(batch_size=7, lr=0.1, schedule=lambda t: 1 - t, device="cpu", progress=False)
-    history = fit(model, x, epochs=6, **options)
+    history = fit(model, x, epochs=6, **options).history
     w, m, v, losses, centre = 0.5, 0.0, 0.0, [], x.mean().item()
     spread = x.var(correction=0).item()
     for step in range(1, 7):
@@ -111,7 +111,7 @@ def test_gradient_descent_written_out_clipped_scheduled_and_resumed(tmp_path):
 
 def test_history_has_every_term_of_every_step_and_the_model_is_left_in_evaluation_mode():
     model = Net()
-    history = fit(model, rows(), epochs=3, **OPTIONS)
+    history = fit(model, rows(), epochs=3, **OPTIONS).history
     assert list(history) == ["total", "error", "noise"]
     for values in history.values():
         assert values.shape == (3 * 4,) and values.dtype == torch.float32 and not values.requires_grad
@@ -152,7 +152,7 @@ def test_the_seed_decides_everything_and_the_global_generator_is_neither_used_no
         torch.manual_seed(global_seed)
         model = Net()
         before = torch.random.get_rng_state()
-        history = fit(model, rows(), epochs=2, **{**OPTIONS, "seed": seed})
+        history = fit(model, rows(), epochs=2, **{**OPTIONS, "seed": seed}).history
         assert torch.equal(torch.random.get_rng_state(), before)
         results.append((state(model), history))
     (a, history_a), (b, history_b), (c, _) = results
@@ -164,13 +164,13 @@ def test_noise_comes_from_the_seed_and_not_from_the_order():
     """The whole data set in one batch: the order does not matter, the noise drawn for the loss still does."""
     losses = []
     for seed in (0, 1):
-        losses.append(fit(Net(), rows(), epochs=1, **{**OPTIONS, "batch_size": 22, "seed": seed})["noise"])
+        losses.append(fit(Net(), rows(), epochs=1, **{**OPTIONS, "batch_size": 22, "seed": seed}).history["noise"])
     assert not torch.equal(*losses)
 
 
 def test_it_learns():
     x = rows(200)
-    history = fit(model := Net(width=8), x, epochs=60, **{**OPTIONS, "batch_size": 20})
+    history = fit(model := Net(width=8), x, epochs=60, **{**OPTIONS, "batch_size": 20}).history
     assert history["error"][-20:].mean() < 0.1 * history["error"][:5].mean()
     assert (model(x) - x).square().sum(1).mean() < 0.5
 
@@ -195,7 +195,7 @@ SCHEDULES = {"constant": None, "linear": lambda t: 1 - t, "cosine": lambda t: (1
 
 def unbroken(schedule=None, epochs=4):
     model = Net()
-    return model, fit(model, rows(), torch.arange(22), epochs=epochs, schedule=schedule, **OPTIONS)
+    return model, fit(model, rows(), torch.arange(22), epochs=epochs, schedule=schedule, **OPTIONS).history
 
 
 def assert_identical(model, history, schedule=None):
@@ -208,7 +208,7 @@ def test_a_training_in_two_parts_is_that_of_one(tmp_path):
     path = tmp_path / "new" / "folder" / "state.pt"
     fit(Net(), rows(), torch.arange(22), epochs=2, checkpoint=path, **OPTIONS)
     model = Net(seed=9)  # its weights do not matter: all comes from the file
-    history = fit(model, rows(), torch.arange(22), epochs=4, checkpoint=path, resume=True, **OPTIONS)
+    history = fit(model, rows(), torch.arange(22), epochs=4, checkpoint=path, resume=True, **OPTIONS).history
     assert model.calls == 8  # two epochs of four steps
     assert_identical(model, history)
 
@@ -220,7 +220,7 @@ def test_a_training_stopped_in_the_callback_goes_on_bit_by_bit(schedule, epoch, 
     with pytest.raises(StoppedError):
         fit(Net(), rows(), torch.arange(22), callback=stop_after(epoch), **options)
     model = Net(seed=9)
-    history = fit(model, rows(), torch.arange(22), resume=True, **options)
+    history = fit(model, rows(), torch.arange(22), resume=True, **options).history
     assert_identical(model, history, SCHEDULES[schedule])
 
 
@@ -244,7 +244,7 @@ def test_a_training_killed_inside_a_step_goes_on_bit_by_bit(schedule, calls, fre
     assert (tmp_path / "state.pt").exists() == (calls >= 4)
     if fresh or calls < 4:
         model = Net()
-    history = fit(model, rows(), torch.arange(22), resume=True, **options)
+    history = fit(model, rows(), torch.arange(22), resume=True, **options).history
     assert_identical(model, history, SCHEDULES[schedule])
 
 
@@ -262,7 +262,7 @@ def test_checkpoints_within_an_epoch_are_gone_on_from(calls, tmp_path):
     with pytest.raises(StoppedError):
         fit(Killed(), rows(), torch.arange(22), **options)
     model = Net(seed=9)
-    history = fit(model, rows(), torch.arange(22), resume=True, **options)
+    history = fit(model, rows(), torch.arange(22), resume=True, **options).history
     assert model.calls == 16 - calls // 2 * 2
     assert_identical(model, history)
 
@@ -326,7 +326,7 @@ def test_several_stops_are_as_good_as_one(tmp_path):
         options = dict(checkpoint=tmp_path / "state.pt", resume=True, **OPTIONS)
         if epochs == 1:
             model = Net()  # nothing to go on from: resume starts
-        history = fit(model, rows(), torch.arange(22), epochs=epochs, **options)
+        history = fit(model, rows(), torch.arange(22), epochs=epochs, **options).history
     assert_identical(model, history)
 
 
@@ -334,14 +334,14 @@ def test_a_finished_training_is_loaded_and_not_repeated(tmp_path):
     options = dict(epochs=4, checkpoint=tmp_path / "state.pt", **OPTIONS)
     fit(Net(), rows(), torch.arange(22), **options)
     model = Net(seed=9)
-    history = fit(model, rows(), torch.arange(22), resume=True, **options)
+    history = fit(model, rows(), torch.arange(22), resume=True, **options).history
     assert model.calls == 0 and not model.training
     assert_identical(model, history)
 
 
 def test_checkpoints_do_not_change_the_training_and_leave_one_file(tmp_path):
     model = Net()
-    history = fit(model, rows(), torch.arange(22), epochs=4, checkpoint=tmp_path / "state.pt", **OPTIONS)
+    history = fit(model, rows(), torch.arange(22), epochs=4, checkpoint=tmp_path / "state.pt", **OPTIONS).history
     assert_identical(model, history)
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
 
@@ -355,7 +355,7 @@ def test_callback_sees_each_epoch_in_evaluation_mode_and_its_randomness_changes_
         model.train()
 
     model = Net()
-    history = fit(model, rows(), torch.arange(22), epochs=4, callback=callback, **OPTIONS)
+    history = fit(model, rows(), torch.arange(22), epochs=4, callback=callback, **OPTIONS).history
     assert seen == [(1, False, 4), (2, False, 8), (3, False, 12), (4, False, 16)]
     assert not model.training
     assert_identical(model, history)
@@ -494,7 +494,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_the_training_can_go_on
             fit(Net(), rows(), torch.arange(22), epochs=4, resume=True, **options)
     assert path.read_bytes() == content
     model = Net(seed=9)
-    assert_identical(model, fit(model, rows(), torch.arange(22), epochs=4, resume=True, **options))
+    assert_identical(model, fit(model, rows(), torch.arange(22), epochs=4, resume=True, **options).history)
 
 
 BAD = {
@@ -632,7 +632,7 @@ def test_precision_is_that_of_the_matrix_products_and_never_of_weights_and_gradi
             return out
 
     model = Watched()
-    history = fit(model, rows(200), epochs=20, precision=precision, **{**OPTIONS, "batch_size": 20})
+    history = fit(model, rows(200), epochs=20, precision=precision, **{**OPTIONS, "batch_size": 20}).history
     assert set(seen) == {dtype}
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
     assert history["error"][-20:].mean() < 0.5 * history["error"][:5].mean()
@@ -651,9 +651,9 @@ def test_auto_precision_asks_a_cuda_device_whether_it_has_bf16_itself(native, mo
 def test_a_compiled_loss_gives_the_same_training(monkeypatch):
     """Traced with its gradient, generator and all; the kernels that torch would then write are torch's to test."""
     plain, compiled = Net(), Net()
-    expected = fit(plain, rows(), torch.arange(22), epochs=2, **OPTIONS)
+    expected = fit(plain, rows(), torch.arange(22), epochs=2, **OPTIONS).history
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    history = fit(compiled, rows(), torch.arange(22), epochs=2, compile=True, **OPTIONS)
+    history = fit(compiled, rows(), torch.arange(22), epochs=2, compile=True, **OPTIONS).history
     for name, value in state(plain).items():
         torch.testing.assert_close(state(compiled)[name], value, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(history["total"], expected["total"], rtol=1e-4, atol=1e-5)
@@ -691,7 +691,7 @@ class Game(nn.Module):
 
 def test_players_take_turns_and_each_changes_its_own_parameters():
     model = Game()
-    history = fit(model, rows(60, dtype=torch.float64), epochs=1, **OPTIONS)
+    history = fit(model, rows(60, dtype=torch.float64), epochs=1, **OPTIONS).history
     assert [player for player, *_ in model.log] == ["v", "v", "u"] * 4
     for (player, u, v), (_, next_u, next_v) in zip(model.log, model.log[1:], strict=False):
         assert (u == next_u) == (player == "v") and (v == next_v) == (player == "u")
@@ -708,10 +708,10 @@ def test_players_find_the_equilibrium():
 def test_players_resume_in_the_middle_of_a_round(tmp_path):
     x, options = rows(20, dtype=torch.float64), dict(checkpoint=tmp_path / "state.pt", **OPTIONS)  # four steps an epoch
     reference = Game()
-    expected = fit(reference, x, epochs=5, **OPTIONS)
+    expected = fit(reference, x, epochs=5, **OPTIONS).history
     fit(Game(), x, epochs=2, **options)
     model = Game()
-    history = fit(model, x, epochs=5, resume=True, **options)
+    history = fit(model, x, epochs=5, resume=True, **options).history
     assert same(state(model), state(reference)) and same(history, expected)
 
 
@@ -760,9 +760,9 @@ def test_on_a_gpu_it_resumes_and_returns_history_on_the_cpu(more, tmp_path):
 
     options = {**OPTIONS, **more, "device": "auto"}
     whole, path = OnDevice(), tmp_path / "state.pt"
-    history = fit(whole, rows(), epochs=4, **options)
+    history = fit(whole, rows(), epochs=4, **options).history
     fit(OnDevice(), rows(), epochs=2, checkpoint=path, **options)
-    resumed = fit(model := OnDevice(seed=9), rows(), epochs=4, checkpoint=path, resume=True, **options)
+    resumed = fit(model := OnDevice(seed=9), rows(), epochs=4, checkpoint=path, resume=True, **options).history
     assert next(model.parameters()).is_cuda and history["total"].device.type == "cpu"
     for name in history:
         torch.testing.assert_close(resumed[name], history[name], rtol=1e-4, atol=1e-4)

@@ -53,7 +53,8 @@ from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from gae_core import experiments, records
+from gae_core import records
+from gae_core.studies import registry
 
 RESULTS = "book/results"
 FRECHET, REAL = "Fréchet, ", "Fréchet, real images"
@@ -201,9 +202,7 @@ def figure(path: Path, page: Path, alt: str, caption: str) -> str:
 
 def about(name: str) -> str:
     """What a model or study is, in the words of ``python -m gae_core list``; its name where it is no longer there."""
-    if name in experiments.MODELS:
-        return experiments.MODELS[name][0]
-    return experiments.STUDIES[name][1].about if name in experiments.STUDIES else name.replace("_", " ")
+    return registry.STUDIES[name].about if name in registry.STUDIES else name.replace("_", " ")
 
 
 def short(value: float) -> str:
@@ -237,7 +236,7 @@ def pictured(record: dict, what: str) -> tuple[str, str]:
         number = ("No", "One", "Two", "Three", "Four", "Five", "Six")[len(names)]
         return f"{number} {kind}{'s' * (len(names) != 1)}, from left to right: {'; '.join(names)}."
 
-    if topic is None:  # gae_core.experiments.sample_sources
+    if topic in (None, "image models"):  # gae_core.studies.image_models.sample_sources
         sources = {
             "N(0, I)": "decoded codes from N(0, I)",
             "one Gaussian": "from one Gaussian fitted to the codes of training images",

@@ -1,8 +1,11 @@
 """Recorded runs: a study is trained and measured for each seed, and the record says how to do it again."""
 
+import ast
 import contextlib
 import datetime
+import functools
 import hashlib
+import inspect
 import json
 import platform
 import subprocess
@@ -15,15 +18,14 @@ from typing import Any
 import torch
 
 from gae_core import records, train
-from gae_core.records import RESULTS, Study
-from gae_core.studies import judge
+from gae_core.records import RESULTS
+from gae_core.studies.study import Recipe, Study
 
 
 def record(
     name: str,
     study: Study,
     *,
-    topic: str,
     data: str | None = None,
     seeds: Sequence[int] = (0,),
     size: str = "full",
@@ -45,7 +47,6 @@ def record(
     Args:
         name: folder of the record.
         study: what is run.
-        topic: runs of one topic stand in one table of the Results page.
         data: data set, by default the study's first.
         seeds: one training each, of weights, order and samples. On the CPU the same seed gives the same metrics.
         size: "short", "medium" or "full".
@@ -67,18 +68,18 @@ def record(
         raise ValueError(f"data of {name} must be one of {', '.join(study.data)}, got {data!r}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different whole numbers, at least one, got {list(seeds)}")
-    chosen = train.pick_device(device)
+    chosen, recipe = train.pick_device(device), study.recipe(data, size)
     same = {  # what runs must agree in to stand in one record
         "model": name,
-        "topic": topic,
+        "topic": study.topic,
         "data": data,
         "size": size,
-        **study.settings(data, size),
+        **recipe.settings(),
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__.split("+")[0],
-        "code": code(),
+        "code": code(study),
     }
     same = json.loads(json.dumps(same))  # as it is read again
     path = out / name / f"{data}-{size}.json"
@@ -104,15 +105,13 @@ def record(
     if not missing:
         return path
     records.writable(path.parent)
-    if study.judged:
-        judge.classifier(study.judged(data))  # if it cannot be had, one hears of it before the training
     runs = {}
     for seed in missing:
         runs = _runs(records.read(part), same) | runs
         if str(seed) in runs:
             tell(f"{title}, seed {seed}: kept from a run that was stopped")
             continue
-        runs[str(seed)], figure = _seed(study, same, seed, chosen)
+        runs[str(seed)], figure = _seed(study, recipe, same, seed, chosen)
         with records.locked(path.parent):  # another process may be at other seeds
             runs = _runs(records.read(part), same) | runs
             records.write(part, {**same, "runs": runs})
@@ -123,7 +122,7 @@ def record(
 
     with records.locked(path.parent):
         joined = _runs(records.read(path), same) | {str(seed): runs[str(seed)] for seed in missing}
-        _write(path, study, same, joined, chosen)
+        _write(path, same, joined, chosen)
         with contextlib.suppress(FileNotFoundError):  # there is none, or another process was first
             part.with_suffix(".png").replace(path.with_suffix(".png"))
         if left := {seed: run for seed, run in _runs(records.read(part), same).items() if seed not in joined}:
@@ -133,7 +132,7 @@ def record(
     return path
 
 
-def _write(path: Path, study: Study, same: dict, runs: dict[str, dict], device: torch.device) -> None:
+def _write(path: Path, same: dict, runs: dict[str, dict], device: torch.device) -> None:
     """Write the record of some seeds."""
     found = list(runs.values())
     total = {key: [run[key] for run in found] for key in found[0]}
@@ -152,7 +151,7 @@ def _write(path: Path, study: Study, same: dict, runs: dict[str, dict], device: 
             "samples a second": sum(total["samples"]) / sum(total["training seconds"]),
             "peak memory, MiB": max(total["peak memory, MiB"]),
             "peak memory of": "tensors on the device" if device.type == "cuda" else "the process since its start",
-            "classifier": judge.about(study.judged(same["data"])) if study.judged else {},
+            "classifier": found[-1]["classifier"],
             "metrics": {  # that all seeds have: a spread of no samples is none
                 key: records.summary([run["metrics"][key] for run in found])
                 for key in found[0]["metrics"]
@@ -180,6 +179,7 @@ def _runs(record: dict, same: dict) -> dict[str, dict]:
             "samples": record["samples a second"] * seconds / n,
             "parameters": record["parameters"],
             "peak memory, MiB": record["peak memory, MiB"],
+            "classifier": record["classifier"],
             "metrics": {key: metric["by seed"][i] for key, metric in record["metrics"].items()},
             "curves": {key: values[i] for key, values in record["curves"].items()},
         }
@@ -210,21 +210,22 @@ def _close(figure: Any) -> None:
         pyplot.close(figure)
 
 
-def _seed(study: Study, same: dict, seed: int, device: torch.device) -> tuple[dict, Any]:
+def _seed(study: Study, recipe: Recipe, same: dict, seed: int, device: torch.device) -> tuple[dict, Any]:
     """What is kept of one seed, and its figure."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    outcome = study.run(same["data"], same["size"], seed, device)
+    outcome = study.run(recipe, same["data"], seed, device)
     seconds = time.perf_counter() - start
     kept = {
-        "training seconds": outcome.training_seconds,
+        "training seconds": outcome.training.seconds,
         "wall seconds": seconds,
-        "samples": outcome.samples,
-        "parameters": outcome.parameters,
+        "samples": outcome.training.rows,
+        "parameters": outcome.training.parameters,
         "peak memory, MiB": _peak_memory(device),
         "metrics": dict(outcome.metrics),
         "curves": {name: list(values) for name, values in outcome.curves.items()},
+        "classifier": dict(outcome.classifier),
     }
     return kept, outcome.figure
 
@@ -238,10 +239,38 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def code() -> str:
-    """Digest of the package's sources: equal for runs of the same code, whether committed or not."""
-    folder = Path(__file__).parent
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.rglob("*.py")))).hexdigest()[:12]
+def sources(path: Path) -> list[Path]:
+    """The files of the package that a file imports, however deep, and itself, in the order of their names."""
+    package, found, waiting = Path(__file__).parents[1], set(), [path]
+    while waiting:
+        found.add(path := waiting.pop())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                if name.startswith(package.name + "."):
+                    file = package.parent.joinpath(*name.split("."))
+                    files = [file.with_suffix(".py"), file / "__init__.py"]
+                    waiting += [file for file in files if file.exists() and file not in found]
+    return sorted(found)
+
+
+def code(study: Study) -> str:
+    """Digest of the code that a study runs, whether committed or not: comments, docstrings and layout do not count."""
+    run = study.run
+    while isinstance(run, functools.partial):
+        run = run.func
+    digest = hashlib.sha256()
+    for path in sources(Path(inspect.getsourcefile(run)).resolve()):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                if isinstance(getattr(body[0].value, "value", None), str):
+                    body.pop(0)
+        digest.update(f"{path.name} {ast.dump(tree)}".encode())
+    return digest.hexdigest()[:12]
 
 
 def _commit() -> str | None:
