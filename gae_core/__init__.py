@@ -6,7 +6,7 @@ A room imports from floors below its own alone. From the ground up:
   ``chains``, ``information``, ``energy``; beside them ``nets``, ``data``, ``text``, ``parallel``, ``seeds``;
 - ``languages`` and ``models``, which know no training;
 - ``train``; ``metrics``, what is measured; ``records``, what was; ``plots``;
-- ``studies``: a recipe, its run and what is measured of it, all of them in ``studies.registry``; ``__main__`` runs them.
+- ``studies``: recipes, their runs and what is measured of them, all in ``studies.registry``; ``__main__`` runs them.
 """
 
 __version__ = "0.1.0"

@@ -52,9 +52,10 @@ import time
 import matplotlib.pyplot as plt
 import torch
 
-from gae_core import data, experiments, metrics, nets, plots, train
+from gae_core import data, metrics, nets, plots, train
 from gae_core.densities import fit_gaussian_mixture
 from gae_core.models.autoencoder import Autoencoder
+from gae_core.studies import judge
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")
@@ -169,7 +170,7 @@ figure = plots.image_panels(
 # generator would get for this number of images.
 
 # %%
-classifier = experiments.classifier(images)
+classifier = judge.classifier(images)
 
 
 def distance(x):

@@ -59,7 +59,6 @@ from gae_core import data, plots
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.metrics import in_batches
 from gae_core.normalization import (
-    CoupledBatchNorm,
     FixedScaleBatchNorm,
     FixedScaleLayerNorm,
 )
@@ -152,22 +151,21 @@ x_test = x_test[:: max(1, len(x_test) // 1000)]
 
 def fit(norm, steps=STEPS, start=None):
     """A model, trained; ``start`` may change its weights before."""
-    model = bn_vae.build(shape, seed=SEED, norm=norm)
+    epochs = math.ceil(steps / (len(x_train) // 128))
+    recipe = bn_vae.Recipe(epochs=epochs, **norm)
+    model = bn_vae.build(recipe, shape, SEED)
     if start is not None:
         start(model)
-    epochs = math.ceil(steps / (len(x_train) // bn_vae.BATCH))
-    return model, bn_vae.fit(
-        model, x_train, epochs=epochs, seed=SEED, device=device
-    )
+    return model, recipe.fit(model, x_train, seed=SEED, device=device).history
 
 
 norms = {
-    "no norm": None,
-    "layer norm, 0.7": lambda dim: FixedScaleLayerNorm(dim, 0.7),
-    "batch norm, 0.4": lambda dim: FixedScaleBatchNorm(dim, 0.4),
-    "batch norm, 0.7": lambda dim: FixedScaleBatchNorm(dim, 0.7),
-    "batch norm, 1.2": lambda dim: FixedScaleBatchNorm(dim, 1.2),
-    "coupled, 0.5": lambda dim: CoupledBatchNorm(dim, 0.5),
+    "no norm": {},
+    "layer norm, 0.7": {"norm": "layer", "gamma": 0.7},
+    "batch norm, 0.4": {"norm": "batch", "gamma": 0.4},
+    "batch norm, 0.7": {"norm": "batch", "gamma": 0.7},
+    "batch norm, 1.2": {"norm": "batch", "gamma": 1.2},
+    "coupled, 0.5": {"norm": "coupled", "tau": 0.5},
 }
 models, histories = {}, {}
 for name, norm in norms.items():
@@ -185,7 +183,7 @@ for i, name in enumerate(
 ):
     ax.plot(histories[name]["kl"], color=f"C{i}", label=name)
     if name != "no norm":
-        lowest = bn_vae.DIM * (
+        lowest = bn_vae.Recipe.dim * (
             -0.5 * math.log(0.5) if name.startswith("coupled") else 0.7**2 / 2
         )
         ax.axhline(lowest, color=f"C{i}", linestyle="--", linewidth=1)
@@ -198,10 +196,15 @@ for name in ("batch norm, 0.4", "batch norm, 0.7", "batch norm, 1.2"):
     lowest = float(histories[name]["kl"].min())
     # One in a hundred is for eps: the encoder would have to give variances of
     # 0.001 to lose as much.
-    print(name, "never below its floor:", lowest > 0.99 * bn_vae.DIM * gamma**2 / 2)
+    print(
+        name,
+        "never below its floor:",
+        lowest > 0.99 * bn_vae.Recipe.dim * gamma**2 / 2,
+    )
 lowest = float(histories["coupled, 0.5"]["kl"].min())
 print(
-    "coupled, 0.5 never below its floor:", lowest > bn_vae.DIM * 0.5 * math.log(2)
+    "coupled, 0.5 never below its floor:",
+    lowest > bn_vae.Recipe.dim * 0.5 * math.log(2),
 )
 print(
     "no norm: below a nat at some step:",
@@ -297,7 +300,11 @@ least = [least_mismatch(models[f"batch norm, {g}"]) for g in gammas]
 ax.plot(gammas, least, "o-", color="C2", label="KL of the aggregate, at least")
 fine = torch.linspace(0.3, 1.3, 100)
 ax.plot(
-    fine, bn_vae.DIM * fine**2 / 2, "--", color="gray", label=r"floor $d\gamma^2/2$"
+    fine,
+    bn_vae.Recipe.dim * fine**2 / 2,
+    "--",
+    color="gray",
+    label=r"floor $d\gamma^2/2$",
 )
 ax.set(xlabel=r"$\gamma$", ylabel="nats, held-out images")
 legend = ax.legend()
@@ -344,8 +351,8 @@ def constant_means(model):
         layer for layer in model.encoder.modules() if isinstance(layer, nn.Linear)
     ][-1]
     with torch.no_grad():
-        last.bias[: bn_vae.DIM] += 30 * torch.randn(
-            bn_vae.DIM, generator=torch.Generator().manual_seed(SEED)
+        last.bias[: bn_vae.Recipe.dim] += 30 * torch.randn(
+            bn_vae.Recipe.dim, generator=torch.Generator().manual_seed(SEED)
         )
 
 
@@ -438,13 +445,13 @@ assert (
 model = models["coupled, 0.5"].to("cpu")
 with torch.no_grad():
     mu, logvar = model.posterior(x_test)
-    raw = model.encoder(x_test)[:, bn_vae.DIM :]
+    raw = model.encoder(x_test)[:, bn_vae.Recipe.dim :]
     scale = model.norm.squared_scales()[1]
     sigma = scale.sqrt() * model.norm.norm_sigma(raw)
 paid = torch.stack(
     [
         kl_to_standard_normal(mu[:, [j]], logvar[:, [j]]).mean()
-        for j in range(bn_vae.DIM)
+        for j in range(bn_vae.Recipe.dim)
     ]
 )
 least = -0.5 * scale.log()
@@ -456,16 +463,16 @@ for sign in (-1, 1):
         sign * float(scale[0].sqrt()), color="black", linestyle="--", linewidth=1
     )
 axes[0].set(title=r"$\sigma$ of the first coordinate", yticks=[])
-axes[1].bar(range(bn_vae.DIM), paid)
+axes[1].bar(range(bn_vae.Recipe.dim), paid)
 axes[1].step(
-    torch.arange(bn_vae.DIM + 1) - 0.5,
+    torch.arange(bn_vae.Recipe.dim + 1) - 0.5,
     [*least, least[-1]],
     where="post",
     color="black",
     label="floor",
 )
 axes[1].step(
-    torch.arange(bn_vae.DIM + 1) - 0.5,
+    torch.arange(bn_vae.Recipe.dim + 1) - 0.5,
     [*(least + gap), least[-1] + gap],
     where="post",
     color="C1",
@@ -482,7 +489,7 @@ print(
 shares = sum(model.norm.squared_scales())
 print(
     "squared scales add up to 1:",
-    bool(torch.allclose(shares, torch.ones(bn_vae.DIM))),
+    bool(torch.allclose(shares, torch.ones(bn_vae.Recipe.dim))),
 )
 
 # %% [markdown]

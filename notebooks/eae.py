@@ -54,10 +54,11 @@ import matplotlib.pyplot as plt
 import torch
 from scipy import stats
 
-from gae_core import data, experiments, metrics, plots
+from gae_core import data, metrics, plots
 from gae_core.entropy import knn_entropy, knn_local_entropy
 from gae_core.gaussian import gaussian_entropy
 from gae_core.normalization import CodeBatchNorm
+from gae_core.studies import image_models
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")
@@ -89,7 +90,8 @@ print(f"correlation: {torch.corrcoef(z.T)[0, 1]:.3f}")
 # $\|x - D(z)\|^2 - \lambda \hat H(z)$, where the entropy estimate is made of distances between codes of the batch.
 
 # %% tags=["nbval-check-output"]
-model = experiments.build("eae", images.shape, size="short", seed=SEED).double()
+recipe = image_models.recipe("eae", images.name, "short")
+model = image_models.build(recipe, images.shape, SEED).double()
 x = data.to_unit(images.x_train[:128]).double()
 loss = model.loss(x)
 z = model.normalization(model.encoder(x))
@@ -111,10 +113,9 @@ names = {
 models, histories = {}, {}
 for name, title in names.items():
     start = time.perf_counter()
-    models[title] = experiments.build(name, images.shape, size=SIZE, seed=SEED)
-    histories[title] = experiments.fit(
-        models[title], images, size=SIZE, seed=SEED, progress=False
-    )
+    recipe = image_models.recipe(name, images.name, SIZE)
+    models[title] = image_models.build(recipe, images.shape, SEED)
+    histories[title] = recipe.fit(models[title], images.x_train, seed=SEED).history
     steps, seconds = len(histories[title]["total"]), time.perf_counter() - start
     print(f"{title:<18} {steps} steps in {seconds:.0f} s")
 
@@ -157,7 +158,7 @@ for ax, title, row in zip(axes, ["held-out image", *models], rows, strict=True):
 # %%
 n = 2000 if SIZE == "short" else 10_000
 measured = {
-    title: experiments.measure(m, images, seed=SEED, n=n)
+    title: image_models.measure(m, images, seed=SEED, n=n)
     for title, m in models.items()
 }
 print(f"{'':<25}" + "".join(f"{title:>19}" for title in measured))
@@ -254,7 +255,7 @@ codes = {
     title: metrics.in_batches(models[title].encode, images.x_test)
     for title in ("batch norm alone", "EAE")
 }
-d = experiments.DIM
+d = recipe.dim
 for title, z in codes.items():
     axes[0].hist(
         z[:, 0], bins=50, range=(-4, 4), density=True, alpha=0.5, label=title

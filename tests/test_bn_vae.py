@@ -1,5 +1,6 @@
 """Chapter *Posterior collapse and batch norm*: every equation, the property of the floor, the model and its study."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -701,27 +702,27 @@ def test_every_variant_gets_the_training_that_the_settings_say_and_is_measured_o
     torch.set_default_dtype(torch.float32)
     x_train, x_test = (images(n, seed=s).float()[..., :4, :4].contiguous() for n, s in ((300, 0), (600, 1)))
     monkeypatch.setattr(study, "_load", lambda name: (x_train, x_test))
-    for table, value in ((study.EPOCHS, 4), (study.ROWS, 256), (study.TEST, (50, 8))):
-        monkeypatch.setitem(table, "short", value)
+    monkeypatch.setitem(study.SIZES, "short", {"epochs": 4, "rows": 256, "test": 500, "images": 50, "samples": 8})
     trained, measured, fit = [], [], train.fit
 
-    def watched(model, x, **how):
+    def watched(model, x, y, **how):
         trained.append((model, x, how))
-        return fit(model, x, **how)
+        return fit(model, x, y, **how)
 
     def measure(model, x, **how):
         measured.append((model, x, how))
         return {}
 
-    monkeypatch.setattr(study.train, "fit", watched)
+    monkeypatch.setattr(train, "fit", watched)
     monkeypatch.setattr(study, "measure", measure)
     found = study.STUDIES[f"bn_vae_{name}"]
-    outcome, said = found.run("any", "short", 0, torch.device("cpu")), found.settings("any", "short")
+    recipe = found.recipe("any", "short")
+    outcome, said = found.run(recipe, "any", 0, torch.device("cpu")), recipe.settings()
     ((model_, x, how),) = trained
     assert torch.equal(x, x_train[:256])
-    assert (how["epochs"], how["batch_size"], how["lr"]) == (4, 128, study.LR)
+    assert (how["epochs"], how["batch_size"], how["lr"], said["beta"]) == (4, 128, 2e-3, model_.beta)
     assert (how["epochs"], how["batch_size"], how["lr"]) == tuple(said[key] for key in ("epochs", "batch_size", "lr"))
-    assert outcome.samples == 4 * 256 and len(outcome.curves["KL in training"]) == 4 * 2
+    assert outcome.training.rows == 4 * 256 and len(outcome.curves["KL in training"]) == 4 * 2
     ((same, x, how),) = measured
     assert same is model_ and torch.equal(x, x_test[:500]) and (how["images"], how["samples"]) == (50, 8)
     assert (
@@ -755,10 +756,10 @@ def test_binary_images_are_halved_and_drawn_once():
 def test_a_study_runs_and_says_what_it_did(name):
     torch.set_default_dtype(torch.float32)
     found = study.STUDIES[name]
-    outcome = found.run("digits", "short", 0, torch.device("cpu"))
-    assert all(math.isfinite(v) for v in outcome.metrics.values()) and outcome.samples == 1280
+    outcome = found.run(found.recipe("digits", "short"), "digits", 0, torch.device("cpu"))
+    assert all(math.isfinite(v) for v in outcome.metrics.values()) and outcome.training.rows == 1280
     assert {"NLL", "KL", "gain from z", "active units"} <= set(outcome.metrics)
-    assert json.dumps(found.settings("digits", "short")) and found.settings("digits", "medium")["epochs"] == 2
+    assert json.dumps(found.recipe("digits", "short").settings()) and found.recipe("digits", "medium").epochs == 2
     assert set(study.STUDIES) == {f"bn_vae_{variant}" for variant in (*study.VARIANTS, "estimates")}
 
 
@@ -854,7 +855,31 @@ def test_the_chapters_reading_of_the_estimates():
 
 def test_the_study_of_estimates_has_a_curve_for_each_model_and_proposal():
     torch.set_default_dtype(torch.float32)
-    outcome = study.STUDIES["bn_vae_estimates"].run("digits", "short", 0, torch.device("cpu"))
+    found = study.STUDIES["bn_vae_estimates"]
+    outcome = found.run(found.recipe("digits", "short"), "digits", 0, torch.device("cpu"))
+    assert outcome.training.rows == 3 * 1280
     assert set(outcome.curves) == {f"{m}, {p}" for m in study.ESTIMATED.values() for p in metrics.PROPOSALS}
     assert {key: values[-1] for key, values in outcome.curves.items()} == outcome.metrics
     assert all(len(v) == len(study.DRAWS["short"]) and all(map(math.isfinite, v)) for v in outcome.curves.values())
+
+
+def test_what_is_recorded_is_what_is_run():
+    """Each field of the recipe changes what is trained or measured, and the record says so."""
+    torch.set_default_dtype(torch.float32)
+    start = {"epochs": 1, "batch_size": 50, "rows": 200, "test": 40, "images": 5, "samples": 4}
+    coupled = study.Recipe(norm="coupled", tau=0.5, **start)
+    fixed = study.Recipe(norm="batch", gamma=0.7, **start)
+    changes = {"rows": 300, "test": 30, "images": 6, "samples": 8, "dim": 3, "hidden": 9, "beta": 2.0, "norm": "layer"}
+    changes |= {"epochs": 2, "batch_size": 40, "lr": 1e-3, "schedule": "constant", "optimizer": "sgd", "clip": 0.1}
+    changes |= {"betas": (0.5, 0.9), "gamma": 0.3}
+    assert {*changes, "tau"} == set(fixed.settings())
+
+    def outcome(recipe):
+        return study.run(recipe, "digits", 0, torch.device("cpu")).metrics
+
+    first = outcome(fixed)
+    assert outcome(fixed) == first
+    for recipe, name, value in [*((fixed, *item) for item in changes.items()), (coupled, "tau", 0.1)]:
+        other = dataclasses.replace(recipe, **{name: value})
+        assert other.settings()[name] != recipe.settings()[name]
+        assert outcome(other) != (first if recipe is fixed else outcome(coupled)), name

@@ -1,5 +1,6 @@
 """Codes of sentences: the identities of the chapter in exact arithmetic, the model against enumeration, the records."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -457,30 +458,31 @@ def test_the_reader_is_given_the_codes():
 @pytest.mark.parametrize("name", ["text_floor", "text_bn_0.7", "text_aggressive", "text_annealed"])
 def test_a_short_study_gives_its_metrics(name):
     what = study.STUDIES[name]
-    outcome = what.run("learnable", "short", 0, torch.device("cpu"))
+    outcome = what.run(what.recipe("learnable", "short"), "learnable", 0, torch.device("cpu"))
     json.dumps([outcome.metrics, outcome.curves])
-    assert all(math.isfinite(value) for value in outcome.metrics.values()) and outcome.parameters > 1000
+    assert all(math.isfinite(value) for value in outcome.metrics.values()) and outcome.training.parameters > 1000
     if name == "text_floor":
         assert outcome.metrics["optimum of NLL"] > outcome.metrics["optimum given z"]
-        assert outcome.samples == 320
+        assert outcome.training.rows == 320
         floor, integrated = (outcome.metrics[key] for key in ("reachable floor", "reader, z integrated"))
         assert outcome.metrics["optimum of NLL"] < integrated < floor + 1
     else:
         assert outcome.metrics["MI by batches of 32"] <= math.log(32) < outcome.metrics["cap of MI"]
-        assert outcome.samples == (640 if name == "text_aggressive" else 320)  # one epoch, or one ahead and one
+        assert outcome.training.rows == (640 if name == "text_aggressive" else 320)  # one epoch, or one ahead and one
     if name == "text_bn_0.7":
         assert outcome.metrics["KL on batches"] > 0.999 * 8 * 0.7**2 / 2
 
 
 def test_methods_are_made_as_they_are_named():
-    def made(name, steps=100):
-        return study.build(10, steps=steps, seed=0, **study.METHODS[name][1])
+    def made(name):
+        recipe = dataclasses.replace(study.STUDIES[f"text_{name}"].recipe("learnable", "short"), epochs=10)
+        return study.build(recipe, 10, 0)
 
     assert made("bn_1.2").norm.gamma == 1.2 and made("coupled_0.2").norm.tau == 0.2
     assert made("delta").norm.delta == 0.25 and made("annealed").warmup == 50
     assert made("beta").beta == 0.4 and made("free_bits").free_bits == 0.25 and made("plain").norm is None
     assert made("aggressive").players["encoder"][1] == made("aggressive_half").players["encoder"][1] == 10
-    assert study.settings(study.METHODS["bn_0.7_adam"][1], "learnable", "medium")["lr"] == 3e-3
+    assert study.STUDIES["text_bn_0.7_adam"].recipe("learnable", "medium").lr == 3e-3
     assert torch.equal(made("plain").decoder.out.weight, made("bn_0.7").decoder.out.weight)  # the same start
 
 
@@ -519,7 +521,7 @@ def test_what_a_study_measures_of_a_known_model(monkeypatch):
         return ImportanceWeighted(torch.full((len(x),), 5.0), torch.full((len(x),), 5.5))
 
     monkeypatch.setattr(study.metrics, "importance_weighted_nll", nll)
-    found = study.measure(KnownModel().eval(), data, samples=11, coded=320, seed=0)
+    found = study.measure(KnownModel().eval(), data, study.Recipe(test=96, samples=11, coded=320), seed=0)
     ((x, samples),) = seen
     assert torch.equal(x, test) and samples == 11
     assert (found["NLL"], found["NLL, fall on doubling"]) == (5, 0.5)
@@ -537,37 +539,66 @@ def test_what_a_study_measures_of_a_known_model(monkeypatch):
 @pytest.mark.parametrize("name", study.METHODS)
 def test_every_method_gets_the_training_that_the_settings_say(name, monkeypatch):
     """Ten epochs of two steps: all sentences of the training, the recipe, and as many steps of the decoder for all."""
-    monkeypatch.setitem(study.EPOCHS, "short", 10)
-    monkeypatch.setitem(study.SENTENCES, "short", 64)
-    monkeypatch.setattr(study, "sentences", lambda name, size: LITTLE)
+    monkeypatch.setattr(study, "sentences", lambda name, n_train, n_test: LITTLE)
     monkeypatch.setattr(study, "measure", lambda *arguments, **options: {})
     calls, fit = [], train.fit
 
     def watched(model, x, y=None, **how):
-        calls.append((model, x, how, fit(model, x, y, **how)))
-        return calls[-1][-1]
+        training = fit(model, x, y, **how)
+        calls.append((model, x, how, training.history))
+        return training
 
-    monkeypatch.setattr(study.train, "fit", watched)
-    method = study.METHODS[name][1]
-    outcome = study.run(method, "learnable", "short", 0, torch.device("cpu"))
-    said = study.settings(method, "learnable", "short")
+    monkeypatch.setattr(train, "fit", watched)
+    what = study.STUDIES[f"text_{name}"]
+    recipe = dataclasses.replace(what.recipe("learnable", "short"), epochs=10, sentences=64)
+    outcome, said = what.run(recipe, "learnable", 0, torch.device("cpu")), recipe.settings()
     assert said["epochs"] == 10 and said["sentences"] == 64 == len(LITTLE.train)
     *own, reference = calls
-    ahead, decoder = "encoder_steps" in method, 0
+    ahead, decoder = said["encoder_steps"] is not None, 0
     assert len(own) == 1 + ahead
     for phase, (model, x, how, history) in enumerate(own):
         assert model is own[0][0] and torch.equal(x, LITTLE.train)
         assert (how["batch_size"], how["lr"], how["clip"]) == (said["batch_size"], said["lr"], said["clip"])
-        assert how["optimizer"] == method.get("optimizer", "sgd")
+        assert how["optimizer"] == said["optimizer"] == ("adam" if name.endswith("adam") else "sgd")
         decoder += len(history["decoder total" if ahead and phase == 0 else "kl"])
     assert decoder == 10 * 2
-    assert outcome.samples == sum(how["epochs"] for _, _, how, _ in own) * 64
+    assert outcome.training.rows == sum(how["epochs"] for _, _, how, _ in own) * 64
     assert len(outcome.curves["kl"]) == own[-1][2]["epochs"] <= 10
     assert [own[-1][2]["schedule"](t) for t in (0.0, 0.5, 1.0)] == [1, 0.5, 0]
     assert reference[0] is not own[0][0]  # of the times
 
 
 LITTLE = synthetic("learnable", train=64, test=4)
+
+
+def test_what_is_recorded_is_what_is_run():
+    """Each field of the recipe changes what is trained or measured, and the record says so."""
+    fixed = study.Recipe(epochs=2, sentences=320, test=64, samples=8, coded=100, prior=20, gamma=0.7)
+    bases = {
+        "tau": dataclasses.replace(fixed, gamma=None, tau=0.5),
+        "delta": dataclasses.replace(fixed, gamma=None, delta=0.2),
+        "ahead": dataclasses.replace(fixed, gamma=None, encoder_steps=3, ahead=0.2),
+        "betas": dataclasses.replace(fixed, optimizer="adam", lr=3e-3),
+    }
+    changes = {"tau": 0.2, "delta": 0.1, "ahead": 0.9, "betas": (0.5, 0.9), "epochs": 3, "sentences": 352, "test": 96}
+    changes |= {"batch_size": 16, "lr": 0.1, "schedule": "constant", "optimizer": "adam", "clip": 0.1, "warmup": 0.5}
+    changes |= {"free_bits": 1.0, "beta": 0.4, "gamma": 0.3, "encoder_steps": 2, "dim": 3, "hidden": 9, "samples": 4}
+    changes |= {"coded": 50, "prior": 30}
+    assert set(changes) == set(fixed.settings())
+
+    def outcome(recipe, run=study.run):
+        measured = run(recipe, "learnable", 0, torch.device("cpu")).metrics
+        return {name: value for name, value in measured.items() if "time" not in name}
+
+    first = {name: outcome(recipe) for name, recipe in (bases | {"": fixed}).items()}
+    assert outcome(fixed) == first[""]
+    for name, value in changes.items():
+        other = dataclasses.replace(bases.get(name, fixed), **{name: value})
+        assert other.settings()[name] != bases.get(name, fixed).settings()[name]
+        if name == "prior":
+            assert outcome(other, study.run_floor) != outcome(fixed, study.run_floor)
+        else:
+            assert outcome(other) != first[name if name in bases else ""], name
 
 
 # ---- the records ------------------------------------------------------------------------------------------------

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from gae_core import data, experiments, records
+from gae_core import data, records
 from gae_core.__main__ import DATA, main
+from gae_core.studies import image_models, registry
+from gae_core.studies.study import SIZES, Outcome, Recipe, Study
+from gae_core.train import Training
 
 
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("GAE_DATA", str(tmp_path / "data"))
-    monkeypatch.setitem(experiments.SIZES, "short", experiments.Size(experiments.SIZES["short"].pair, 3))
+    monkeypatch.setitem(image_models.SIZES, "short", ((256, 128), 3))
     monkeypatch.chdir(tmp_path)
 
 
@@ -32,7 +35,7 @@ def test_it_runs_as_a_module():
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in [*experiments.MODELS, *DATA, *experiments.SIZES])
+    assert all(name in out for name in [*registry.STUDIES, *DATA, *SIZES])
 
 
 def test_the_data_sets_are_those_that_can_be_loaded():
@@ -43,7 +46,7 @@ def test_the_data_sets_are_those_that_can_be_loaded():
             assert f"python -m gae_core data {name}" in str(error)
 
 
-@pytest.mark.parametrize("name", experiments.MODELS)
+@pytest.mark.parametrize("name", registry.MODELS)
 def test_train_resume_and_sample(name, tmp_path, capsys):
     path = tmp_path / "new" / "x.pt"
     train = short("train", name, "--checkpoint", str(path), "--seed", "2")
@@ -54,35 +57,35 @@ def test_train_resume_and_sample(name, tmp_path, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
-def test_run_all_and_report(capsys, tmp_path, monkeypatch):
-    def coin(*_):
-        return records.Outcome({"heads": 0.5}, parameters=0, training_seconds=1.0, samples=1)
+def coin(*_):
+    return Outcome({"heads": 0.5}, Training({}, seconds=1.0, processor_seconds=1.0, rows=1, parameters=0))
 
-    study = records.Study("a coin", ("digits",), lambda *_: {"epochs": 0}, coin)
-    elsewhere = records.Study("not on these data", ("mnist",), lambda *_: {"epochs": 0}, coin)
-    monkeypatch.setattr(experiments, "STUDIES", {"coin": ("coins", study), "other": ("coins", elsewhere)})
+
+COINS = [Study("a coin", "coins", ("digits",), lambda *_, n=n: Recipe(epochs=n), coin) for n in range(2)]
+
+
+def test_run_all_and_report(capsys, tmp_path, monkeypatch):
+    elsewhere = Study("not on these data", "coins", ("mnist",), lambda *_: Recipe(), coin)
+    studies = {**image_models.STUDIES, "coin": COINS[0], "other": elsewhere}
+    monkeypatch.setattr(registry, "STUDIES", studies)
     out = ["--out", str(tmp_path / "out")]
     assert main([*short("run", "all", "--seeds", "0"), *out]) == 0
-    assert len(capsys.readouterr().out.split()) == len(experiments.MODELS) + 1
+    assert len(capsys.readouterr().out.split()) == len(image_models.STUDIES) + 1
     assert main(["report", *out]) == 0
     table = capsys.readouterr().out
-    assert "| squared error |" in table and all(name.replace("_", " ") in table for name in experiments.MODELS)
+    assert "| squared error |" in table and all(name.replace("_", " ") in table for name in registry.MODELS)
 
 
 def test_run_says_what_it_does_and_does_not_lose_seeds(capsys, tmp_path, monkeypatch):
-    def coin(data_name, size, seed, device):
-        return records.Outcome({"heads": 0.5}, parameters=0, training_seconds=1.0, samples=1)
-
-    studies = [records.Study("a coin", ("digits",), lambda *_, n=n: {"epochs": n}, coin) for n in range(2)]
     run = [*short("run", "coin"), "--out", str(tmp_path / "out"), "--seeds"]
-    monkeypatch.setattr(experiments, "STUDIES", {"coin": ("coins", studies[0])})
+    monkeypatch.setattr(registry, "STUDIES", {"coin": COINS[0]})
     path = tmp_path / "out" / "coin" / "digits-short.json"
     for seeds, said in (("0,1", "seed 1: trained"), ("2", "already are seeds 0, 1, to run 2"), ("1", "to run none")):
         assert main([*run, seeds]) == 0
         told = capsys.readouterr()
         assert told.out == f"{path}\n" and said in told.err
     assert records.check(path)["seeds"] == [0, 1, 2]
-    monkeypatch.setattr(experiments, "STUDIES", {"coin": ("coins", studies[1])})
+    monkeypatch.setattr(registry, "STUDIES", {"coin": COINS[1]})
     assert main([*run, "0"]) == 1
     assert "--replace" in capsys.readouterr().err and records.check(path)["seeds"] == [0, 1, 2]
     assert main([*run, "0", "--replace"]) == 0

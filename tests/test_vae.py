@@ -3,6 +3,7 @@
 The models' likelihood is known: a linear-Gaussian one, and quadrature.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -1225,15 +1226,15 @@ def test_wrong_options_of_the_bound_are_named():
 # --- the studies ---
 
 
-def test_likelihoods_of_the_studies_are_those_of_all_images_with_the_many_samples(monkeypatch):
+def test_likelihoods_of_the_studies_are_those_of_all_images_with_the_many_samples():
     """Few samples for all and many for some estimate many for all; where some are all it is just that."""
     model, density = linear_gaussian(**WRONG)
     x = density.sample((300,))
-    monkeypatch.setitem(studies.TEST, "short", (2, 300, 200, 5))
-    whole = studies.nll(model, x, size="short", seed=0)
-    assert whole["NLL"] == pytest.approx(float(-density.log_prob(x).mean()), abs=0.02)
-    monkeypatch.setitem(studies.TEST, "short", (2, 100, 200, 5))
-    part = studies.nll(model, x, size="short", seed=0)
+    recipe = studies.Recipe(few=4, images=300, many=200)
+    whole = studies.nll(model, x, recipe, seed=0)
+    for name in ("NLL", "NLL by the posterior"):
+        assert whole[name] == pytest.approx(float(-density.log_prob(x).mean()), abs=0.02)
+    part = studies.nll(model, x, dataclasses.replace(recipe, images=100), seed=0)
     assert abs(part["NLL"] - whole["NLL"]) < 4 * part["error of the correction"] + 0.02
     assert part["NLL, few samples"] == whole["NLL, few samples"] > part["NLL"]
 
@@ -1261,15 +1262,16 @@ def test_what_a_study_measures_of_a_known_model_on_test_images(monkeypatch):
     torch.set_default_dtype(torch.float32)
     y = torch.zeros(60, dtype=torch.int64)
     images = data.Images("rows", of_white_rows(3, 60), y, of_white_rows(1, 60), y)
-    monkeypatch.setattr(studies, "classifier", lambda images: types.SimpleNamespace(features=nn.Flatten()))
+    monkeypatch.setattr(studies.judge, "classifier", lambda images: types.SimpleNamespace(features=nn.Flatten()))
+    recipe = studies.Recipe(epochs=3, batch_size=20, lr=1e-3, few=10, images=20, many=50, curve=5)
     logits = [0.0, -1.2, -2.4]
     logit = logits[1]
 
     def nll(white, logit):
         return white * math.log1p(math.exp(-logit)) + (16 - white) * math.log1p(math.exp(logit))
 
-    found = studies.measure(constant_vae(logit), images, size="short", seed=0)
-    for name in ("NLL", "NLL, few samples", "negative ELBO"):
+    found = studies.measure(constant_vae(logit), images, recipe, seed=0)
+    for name in ("NLL", "NLL by the posterior", "NLL, few samples", "negative ELBO"):
         assert found[name] == pytest.approx(nll(4, logit), rel=1e-5)
     assert found["KL"] == found["active units"] == 0 and found["cap of the information"] == math.log(60)
     assert found["mutual information"] == pytest.approx(0, abs=1e-6)
@@ -1280,26 +1282,24 @@ def test_what_a_study_measures_of_a_known_model_on_test_images(monkeypatch):
     # The curve in the course of a training is of test images, what is trained on is the training images.
     trained = []
 
-    def fit(model, x, *, epochs, callback, **how):
+    def fit(model, x, y, *, epochs, callback, **how):
         trained.append((x, epochs, how))
         for epoch, value in enumerate(logits):
             nn.init.constant_(model.decoder[0].bias, value)
             callback(model, epoch)
-        return {"total": torch.zeros(1)}
 
-    monkeypatch.setattr(studies, "train", types.SimpleNamespace(fit=fit))
-    recipe = {"short": (3, 20, 1e-3)}
-    _, curve = studies.fit(constant_vae(0.0), images, recipe, size="short", seed=0)
+    monkeypatch.setattr(train, "fit", fit)
+    _, curve = studies.fit(constant_vae(0.0), images, recipe, seed=0)
     assert curve == pytest.approx([nll(4, value) for value in logits], rel=1e-5)
     ((x, epochs, how),) = trained
-    assert torch.equal(x, images.x_train) and (epochs, how["batch_size"], how["lr"]) == recipe["short"]
+    assert torch.equal(x, images.x_train) and (epochs, how["batch_size"], how["lr"]) == (3, 20, 1e-3)
 
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_a_study_builds_its_model_from_the_seed_and_starts_at_the_mean_image(k):
     torch.set_default_dtype(torch.float32)
     images = data.load("digits")
-    first, again, other = (studies.build(images, samples=k, dim=3, seed=s) for s in (0, 0, 1))
+    first, again, other = (studies.build(studies.Recipe(samples=k, dim=3), images, s) for s in (0, 0, 1))
     weights = [m.encoder[1][0].weight for m in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert first.binarise and (isinstance(first, IWAE) == (k > 1)) and getattr(first, "samples", 1) == k
@@ -1311,13 +1311,35 @@ def test_a_study_builds_its_model_from_the_seed_and_starts_at_the_mean_image(k):
 @pytest.mark.parametrize("name", ["vae_k1", "iwae_k50"])
 def test_a_study_runs(name, monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(studies, "classifier", lambda images: types.SimpleNamespace(features=nn.Flatten()))
-    outcome = studies.STUDIES[name].run("digits", "short", 0, torch.device("cpu"))
-    settings_ = studies.STUDIES[name].settings("digits", "short")
-    assert outcome.samples == settings_["epochs"] * 1000
+    monkeypatch.setattr(studies.judge, "classifier", lambda images: types.SimpleNamespace(features=nn.Flatten()))
+    study = studies.STUDIES[name]
+    recipe = study.recipe("digits", "short")
+    outcome = study.run(recipe, "digits", 0, torch.device("cpu"))
+    assert outcome.training.rows == recipe.epochs * 1000 and recipe.settings()["samples"] == int(name[-2:].strip("k"))
     assert outcome.metrics["NLL"] < outcome.metrics["negative ELBO"]
     assert outcome.metrics["NLL"] < 64 * math.log(2), "worse than coins"
-    assert len(outcome.curves["NLL of some test images"]) == settings_["epochs"]
+    assert len(outcome.curves["NLL of some test images"]) == recipe.epochs
+
+
+def test_what_is_recorded_is_what_is_run(monkeypatch):
+    """Each field of the recipe changes what is trained or measured, and the record says so."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(studies.judge, "classifier", lambda images: types.SimpleNamespace(features=nn.Flatten()))
+    recipe = studies.Recipe(epochs=1, batch_size=50, rows=200, few=2, images=9, many=4, curve=2)
+    changes = {"samples": 2, "dim": 3, "hidden": (20,), "rows": 300, "few": 3, "images": 8, "many": 6, "curve": 4}
+    changes |= {"epochs": 2, "batch_size": 40, "lr": 1e-3, "schedule": "constant", "optimizer": "sgd", "clip": 0.1}
+    changes |= {"betas": (0.5, 0.9)}
+    assert set(changes) == set(recipe.settings())
+
+    def outcome(recipe):
+        done = studies.run(recipe, "digits", 0, torch.device("cpu"))
+        return done.metrics | done.curves
+
+    first = outcome(recipe)
+    assert outcome(recipe) == first
+    for name, value in changes.items():
+        other = dataclasses.replace(recipe, **{name: value})
+        assert other.settings()[name] != recipe.settings()[name] and outcome(other) != first, name
 
 
 def test_the_chapters_reading_of_the_recorded_runs():

@@ -81,6 +81,10 @@ class TextVAE(nn.Module):
             inference = [*encoder.parameters(), *([] if norm is None else norm.parameters())]
             self.players = {"encoder": (inference, encoder_steps), "decoder": (list(decoder.parameters()), 1)}
 
+    def train_together(self) -> None:
+        """End the phase in which the encoder runs ahead: both networks train at once from here."""
+        del self.players
+
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of q(z | x), each (batch, dim)."""
         if x.ndim != 2 or x.dtype != torch.int64 or not (x != 0).any(1).all():

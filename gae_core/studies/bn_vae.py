@@ -4,31 +4,71 @@ The decoder sees the pixels before; see :class:`gae_core.models.bn_vae.PixelDeco
 """
 
 import functools
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gae_core import data, metrics, nets, plots, train
+from gae_core import data, metrics, nets, plots
 from gae_core.models.bn_vae import AutoregressiveVAE, PixelDecoder
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm, FixedScaleLayerNorm
-from gae_core.records import Outcome, Study
+from gae_core.seeds import fresh, stream
+from gae_core.studies.study import Outcome, Study, Trained, together
 
-DIM, HIDDEN, BATCH, LR = 16, 256, 128, 2e-3
-EPOCHS = {"short": 1, "medium": 2, "full": 20}
-ROWS = {"short": 1280, "medium": 60_000, "full": 60_000}
-TEST = {"short": (50, 8), "medium": (500, 256), "full": (5000, 512)}  # images and samples of the likelihood
+DATA = ("mnist", "digits")
+NORMS = {"batch": FixedScaleBatchNorm, "layer": FixedScaleLayerNorm, "coupled": CoupledBatchNorm}
 
 
-def binary_images(images: data.Images, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Trained):
+    """How a model is made, trained and measured.
+
+    Attributes:
+        norm: of the posterior's parameters, one of ``NORMS``, or None.
+        gamma: of the norms on mu.
+        tau: of the coupled norm.
+        beta: weight of the divergence.
+        dim: of the code.
+        hidden: width of the encoder's layer.
+        rows: training images, at most.
+        test: test images, at most.
+        images: those of them whose likelihood is estimated.
+        samples: importance samples of the likelihood, or several numbers of them.
+    """
+
+    norm: str | None = None
+    gamma: float | None = None
+    tau: float | None = None
+    beta: float = 1.0
+    dim: int = 16
+    hidden: int = 256
+    rows: int = 60_000
+    test: int = 5000
+    images: int = 500
+    samples: int | tuple[int, ...] = 256
+
+
+SIZES = {
+    "short": {"epochs": 1, "rows": 1280, "test": 500, "images": 50, "samples": 8},
+    "medium": {"epochs": 2},
+    "full": {"epochs": 20, "test": 50_000, "images": 5000, "samples": 512},
+}
+
+
+def recipe(options: dict, _data: str, size: str) -> Recipe:
+    """The recipe of a recorded run, from what sets it apart."""
+    return Recipe(**{**SIZES[size], **options})
+
+
+def binary_images(images: data.Images) -> tuple[Tensor, Tensor]:
     """Training and test images, black and white: each pixel is drawn once and for all with its grey value as mean.
 
     Sides above 14 are halved before, by averaging.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(0, "data")
     parts = (data.to_unit(x) for x in (images.x_train, images.x_test))
     parts = (F.avg_pool2d(x, 2) if x.shape[-1] > 14 else x for x in parts)
     train_part, test_part = (torch.bernoulli(x, generator=generator) for x in parts)
@@ -40,29 +80,14 @@ def _load(name: str) -> tuple[Tensor, Tensor]:
     return binary_images(data.load(name))
 
 
-def build(
-    shape: tuple[int, ...], *, seed: int, norm: Callable[[int], nn.Module] | None = None, beta: float = 1.0
-) -> AutoregressiveVAE:
-    """A model with fresh weights that depend on ``seed`` alone.
-
-    Args:
-        shape: of an image, (1, height, width).
-        seed: of the weights.
-        norm: makes the norm of the posterior's parameters from the dimension of the code.
-        beta: weight of the divergence.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        encoder, _ = nets.mlp_pair(shape, DIM, hidden=(HIDDEN,), heads=2)
-        decoder = PixelDecoder(shape, DIM)
-        return AutoregressiveVAE(encoder, decoder, DIM, beta=beta, norm=None if norm is None else norm(DIM))
-
-
-def fit(model: nn.Module, x: Tensor, *, epochs: int, seed: int, **options) -> train.History:
-    """Train by the recipe that all share; options go to :func:`gae_core.train.fit`."""
-    return train.fit(
-        model, x, epochs=epochs, batch_size=BATCH, lr=LR, schedule=lambda t: 1 - t, seed=seed, progress=False, **options
-    )
+def build(recipe: Recipe, shape: Sequence[int], seed: int) -> AutoregressiveVAE:
+    """A model for images of a shape (1, height, width), with fresh weights that depend on ``seed`` alone."""
+    given = {name: value for name in ("gamma", "tau") if (value := getattr(recipe, name)) is not None}
+    with fresh(seed):
+        norm = NORMS[recipe.norm](recipe.dim, **given) if recipe.norm else None
+        encoder, _ = nets.mlp_pair(shape, recipe.dim, hidden=(recipe.hidden,), heads=2)
+        decoder = PixelDecoder(tuple(shape), recipe.dim)
+        return AutoregressiveVAE(encoder, decoder, recipe.dim, beta=recipe.beta, norm=norm)
 
 
 @torch.no_grad()
@@ -81,7 +106,7 @@ def floor(norm: nn.Module | None) -> float:
 def gain(model: AutoregressiveVAE, x: Tensor, *, seed: int = 0) -> float:
     """Nats that the decoder loses with the codes of other images in place of an image's own: 0 if it ignores them."""
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "evaluation", 1)
     total = 0.0
     for rows in x.split(1000):
         rows = rows.to(device)
@@ -94,7 +119,7 @@ def gain(model: AutoregressiveVAE, x: Tensor, *, seed: int = 0) -> float:
 
 def measure(model: AutoregressiveVAE, x: Tensor, *, images: int, samples: int, seed: int) -> dict[str, float]:
     """Figures on test images x, by name; the likelihood on the first of them alone."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "evaluation")
     mu, logvar = metrics.in_batches(model.posterior, x)
     info = metrics.encoder_information(mu, logvar, generator=generator)
     nll = metrics.importance_weighted_nll(model, x[:images], samples=samples, generator=generator)
@@ -114,59 +139,33 @@ def measure(model: AutoregressiveVAE, x: Tensor, *, images: int, samples: int, s
 VARIANTS: dict[str, tuple[str, dict]] = {
     "none": ("plain VAE", {}),
     "none_beta2": ("plain VAE, the divergence with weight 2", {"beta": 2.0}),
-    "layer": ("layer norm on mu, gamma = 0.7", {"norm": functools.partial(FixedScaleLayerNorm, gamma=0.7)}),
+    "layer": ("layer norm on mu, gamma = 0.7", {"norm": "layer", "gamma": 0.7}),
     **{
-        f"gamma{gamma}": (
-            f"batch norm on mu, gamma = {gamma}",
-            {"norm": functools.partial(FixedScaleBatchNorm, gamma=gamma)},
-        )
+        f"gamma{gamma}": (f"batch norm on mu, gamma = {gamma}", {"norm": "batch", "gamma": gamma})
         for gamma in (0.4, 0.7, 1.2)
     },
     "gamma0.7_beta2": (
         "batch norm on mu, gamma = 0.7, the divergence with weight 2",
-        {"norm": functools.partial(FixedScaleBatchNorm, gamma=0.7), "beta": 2.0},
+        {"norm": "batch", "gamma": 0.7, "beta": 2.0},
     ),
     **{
-        f"tau{tau}": (
-            f"batch norm on mu and sigma, tau = {tau}",
-            {"norm": functools.partial(CoupledBatchNorm, tau=tau)},
-        )
-        for tau in (0.1, 0.5)
+        f"tau{tau}": (f"batch norm on mu and sigma, tau = {tau}", {"norm": "coupled", "tau": tau}) for tau in (0.1, 0.5)
     },
 }
 
 
-def _settings(about: str, name: str, size: str) -> dict:
-    images, samples = TEST[size]
-    return {
-        "epochs": EPOCHS[size],
-        "batch_size": BATCH,
-        "lr": LR,
-        "dim": DIM,
-        "method": about,
-        "images of the likelihood": images,
-        "importance samples": samples,
-        "proposal": "mixture",
-    }
-
-
-def _run(options: dict, name: str, size: str, seed: int, device: torch.device) -> Outcome:
-    x_train, x_test = _load(name)
-    x_train = x_train[: ROWS[size]]
-    model = build(tuple(x_train.shape[1:]), seed=seed, **options)
-    start = time.perf_counter()
-    history = fit(model, x_train, epochs=EPOCHS[size], seed=seed, device=device)
-    seconds = time.perf_counter() - start
-    images, samples = TEST[size]
-    found = measure(model, x_test[: 10 * images], images=images, samples=samples, seed=seed)
-    draws = model.sample(64, generator=torch.Generator().manual_seed(seed)).cpu()
-    window = max(1, len(history["kl"]) // 100)
+def run(recipe: Recipe, data_name: str, seed: int, device: torch.device) -> Outcome:
+    """Train and measure one model."""
+    x_train, x_test = _load(data_name)
+    model = build(recipe, x_train.shape[1:], seed)
+    training = recipe.fit(model, x_train[: recipe.rows], seed=seed, device=device)
+    kl = training.history["kl"]
+    measured = measure(model, x_test[: recipe.test], images=recipe.images, samples=recipe.samples, seed=seed)
+    draws = model.sample(64, generator=stream(seed, "samples")).cpu()
     return Outcome(
-        metrics={**found, "smallest KL of a training batch": float(history["kl"].min())},
-        parameters=sum(p.numel() for p in model.parameters()),
-        training_seconds=seconds,
-        samples=len(history["kl"]) * BATCH,
-        curves={"KL in training": [float(part.mean()) for part in history["kl"].split(window)]},
+        {**measured, "smallest KL of a training batch": float(kl.min())},
+        training,
+        curves={"KL in training": [float(part.mean()) for part in kl.split(max(1, len(kl) // 100))]},
         figure=plots.image_panels({"samples": draws}, columns=16, size=6),
     )
 
@@ -177,53 +176,45 @@ ESTIMATED = {"gamma0.7": "batch norm on μ", "tau0.1": "coupled, τ = 0.1", "tau
 DRAWS = {"short": (2, 4), "medium": (4, 16, 64, 256, 1024), "full": (4, 16, 64, 256, 1024, 4096)}
 
 
-def _estimates_settings(name: str, size: str) -> dict:
-    settings = _settings("NLL of the same trained models by each proposal", name, size)
-    return settings | {"images of the likelihood": TEST[size][0] // 5, "importance samples": DRAWS[size]}
+def estimates_recipe(_data: str, size: str) -> Recipe:
+    """The recipe of all three models, but for their norms."""
+    images = SIZES[size].get("images", Recipe.images) // 5
+    return Recipe(**{**SIZES[size], "images": images, "samples": DRAWS[size]})
 
 
-def _run_estimates(name: str, size: str, seed: int, device: torch.device) -> Outcome:
+def run_estimates(recipe: Recipe, data_name: str, seed: int, device: torch.device) -> Outcome:
     """NLL of trained models against the number of draws, by proposal: the images are the first test images."""
-    x_train, x_test = _load(name)
-    x_train, x_test = x_train[: ROWS[size]], x_test[: TEST[size][0] // 5]
-    curves, seconds = {}, 0.0
+    x_train, x_test = _load(data_name)
+    curves, trainings = {}, []
     figure, axes = plt.subplots(1, len(ESTIMATED), figsize=(9, 3), sharey=True, layout="constrained")
     for ax, (variant, title) in zip(axes, ESTIMATED.items(), strict=True):
-        model, start = build(tuple(x_train.shape[1:]), seed=seed, **VARIANTS[variant][1]), time.perf_counter()
-        fit(model, x_train, epochs=EPOCHS[size], seed=seed, device=device)
-        seconds += time.perf_counter() - start
+        own = replace(recipe, **VARIANTS[variant][1])
+        model = build(own, x_train.shape[1:], seed)
+        trainings.append(own.fit(model, x_train[: recipe.rows], seed=seed, device=device))
         for proposal, mark in zip(metrics.PROPOSALS, "os^", strict=True):
-            noise = torch.Generator().manual_seed(seed)
-            estimate = functools.partial(metrics.importance_weighted_nll, model, x_test, generator=noise)
-            nll = [float(estimate(samples=s, proposal=proposal).nll.mean()) for s in DRAWS[size]]
+            noise = stream(seed, "evaluation")  # the same for each
+            estimate = functools.partial(metrics.importance_weighted_nll, model, x_test[: recipe.images])
+            nll = [float(estimate(samples=s, proposal=proposal, generator=noise).nll.mean()) for s in recipe.samples]
             curves[f"{title}, {proposal}"] = nll
-            ax.plot(DRAWS[size], nll, marker=mark, label=proposal)
+            ax.plot(recipe.samples, nll, marker=mark, label=proposal)
         ax.set(title=title, xlabel="draws", xscale="log")
     axes[0].set(ylabel="estimate of the NLL, nats")
     axes[-1].legend(title="proposal")
-    return Outcome(
-        metrics={key: values[-1] for key, values in curves.items()},
-        parameters=sum(p.numel() for p in model.parameters()),
-        training_seconds=seconds,
-        samples=len(ESTIMATED) * EPOCHS[size] * (len(x_train) // BATCH) * BATCH,
-        curves=curves,
-        figure=figure,
-    )
+    measured = {key: values[-1] for key, values in curves.items()}
+    return Outcome(measured, together(trainings), curves=curves, figure=figure)
 
 
 STUDIES = {
     f"bn_vae_{name}": Study(
-        about=f"posterior collapse on images: {about}",
-        data=("mnist", "digits"),
-        settings=functools.partial(_settings, about),
-        run=functools.partial(_run, options),
+        f"posterior collapse on images: {about}", "bn_vae", DATA, functools.partial(recipe, options), run
     )
     for name, (about, options) in VARIANTS.items()
 } | {
     "bn_vae_estimates": Study(
-        about="one model's likelihood, estimated from draws of the posterior, of the prior and of a mixture",
-        data=("mnist", "digits"),
-        settings=_estimates_settings,
-        run=_run_estimates,
+        "one model's likelihood, estimated from draws of the posterior, of the prior and of a mixture",
+        "bn_vae",
+        DATA,
+        estimates_recipe,
+        run_estimates,
     )
 }

@@ -16,14 +16,13 @@ from gae_core.studies import (
     family,
     image_models,
     image_prior,
-    meg_images,
-    meg_plane,
+    meg,
     recording,
     vae,
 )
 from gae_core.studies.study import Study
 
-TOPICS = (image_models, bn_vae, bn_vae_text, cvae, denoising, family, image_prior, meg_plane, meg_images, vae)
+TOPICS = (image_models, bn_vae, bn_vae_text, cvae, denoising, family, image_prior, meg, vae)
 STUDIES: dict[str, Study] = {name: study for topic in TOPICS for name, study in topic.STUDIES.items()}
 MODELS = {name: study for name, study in STUDIES.items() if study.build}  # that are trained without being recorded
 

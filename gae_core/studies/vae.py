@@ -5,175 +5,169 @@ anew at each step, two layers of 200 tanh units either side, 50 codes, likelihoo
 """
 
 import functools
-import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gae_core import data, metrics, nets, plots, train
+from gae_core import data, metrics, nets, plots
 from gae_core.models.vae import IWAE, VAE
-from gae_core.records import Outcome, Study
-from gae_core.studies.judge import classifier
-
-DIM = 50
-Recipe = dict[str, tuple[int, int, float]]  # size -> epochs, rows of a batch, learning rate at the start
-# By k: a step costs about k decodings a row. The medium trainings have equal numbers of steps, 24,000, with learning
-# rates in proportion to the root of the batch.
-BOUND: dict[int, Recipe] = {
-    1: {"short": (1, 100, 4e-3), "medium": (40, 100, 4e-3), "full": (500, 100, 1e-3)},
-    5: {"short": (1, 100, 4e-3), "medium": (20, 50, 2.8e-3), "full": (500, 100, 1e-3)},
-    50: {"short": (1, 100, 4e-3), "medium": (8, 20, 1.8e-3), "full": (500, 100, 1e-3)},
-}
-CODES: Recipe = {"short": (1, 100, 4e-3), "medium": (8, 100, 4e-3), "full": (500, 100, 1e-3)}
-ROWS = {"short": 1000, "medium": 60_000, "full": 60_000}
-# Of the likelihood: samples for all test images; images spread over them and the samples for these; a curve's samples.
-TEST = {"short": (10, 20, 50, 5), "medium": (50, 500, 5000, 50), "full": (500, 1000, 5000, 50)}
+from gae_core.seeds import fresh, stream
+from gae_core.studies import judge
+from gae_core.studies.study import Outcome, Study, Trained
+from gae_core.train import Training
 
 
-def build(images: data.Images, *, samples: int = 1, dim: int = DIM, seed: int) -> VAE:
-    """A model with fresh weights that depend on ``seed`` alone, and with the mean training image in its last bias.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Trained):
+    """How a model is made, trained and measured.
 
-    Args:
-        images: data.
+    Attributes:
         samples: k of the bound; 1 is the VAE.
         dim: of the code.
-        seed: of the weights.
+        hidden: widths of the tanh layers either side.
+        rows: training images, at most.
+        few: importance samples of the likelihood for all test images.
+        images: test images for which there are many more, and whose NLL is the curve of the training.
+        many: as many.
+        curve: importance samples of the curve.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        pair = nets.mlp_pair(images.shape, dim, hidden=(200, 200), heads=2, output=nn.Identity, activation=nn.Tanh)
-        options = {"binarise": True} if samples == 1 else {"binarise": True, "samples": samples}
-        model = (VAE if samples == 1 else IWAE)(*pair, dim, **options)
+
+    samples: int = 1
+    dim: int = 50
+    hidden: tuple[int, ...] = (200, 200)
+    rows: int = 60_000
+    few: int = 50
+    images: int = 500
+    many: int = 5000
+    curve: int = 50
+
+
+# Epochs, rows of a batch and learning rate of the medium trainings, by k. A step costs about k decodings a row; they
+# have equal numbers of steps, 24,000, with learning rates in proportion to the root of the batch.
+MEDIUM = {1: (40, 100, 4e-3), 5: (20, 50, 2.8e-3), 50: (8, 20, 1.8e-3)}
+
+
+def recipe(samples: int, dim: int, _data: str, size: str) -> Recipe:
+    """The recipe of a recorded run: models of another size of the code than 50 train for as long as the shortest."""
+    given = {"samples": samples, "dim": dim}
+    if size == "full":  # as published
+        return Recipe(**given, epochs=500, batch_size=100, lr=1e-3, few=500, images=1000)
+    if size == "short":
+        return Recipe(**given, epochs=1, batch_size=100, lr=4e-3, rows=1000, few=10, images=20, many=50, curve=5)
+    epochs, batch_size, lr = MEDIUM[samples] if dim == 50 and samples in MEDIUM else (8, 100, 4e-3)
+    return Recipe(**given, epochs=epochs, batch_size=batch_size, lr=lr)
+
+
+def build(recipe: Recipe, images: data.Images, seed: int) -> VAE:
+    """A model with fresh weights that depend on ``seed`` alone, and with the mean training image in its last bias."""
+    with fresh(seed):
+        options = {"hidden": recipe.hidden, "heads": 2, "output": nn.Identity, "activation": nn.Tanh}
+        pair = nets.mlp_pair(images.shape, recipe.dim, **options)
+        if recipe.samples == 1:
+            model = VAE(*pair, recipe.dim, binarise=True)
+        else:
+            model = IWAE(*pair, recipe.dim, binarise=True, samples=recipe.samples)
     mean = data.to_unit(images.x_train).mean(0).clamp(0.001, 0.999).flatten()
     with torch.no_grad():  # without it the first epochs go into learning where the background is
         model.decoder[0][-1].bias.copy_(mean.logit())
     return model
 
 
-def binarised(x: Tensor, *, seed: int) -> Tensor:
-    """Binary images, drawn once with the grey values as means."""
-    return torch.bernoulli(data.to_unit(x), generator=torch.Generator().manual_seed(seed))
+def binarised(x: Tensor) -> Tensor:
+    """Binary images, drawn once with the grey values as means, the same for all models."""
+    return torch.bernoulli(data.to_unit(x), generator=stream(0, "data"))
 
 
-def nll(model: VAE, x: Tensor, *, size: str, seed: int) -> dict[str, float]:
+def nll(model: VAE, x: Tensor, recipe: Recipe, *, seed: int) -> dict[str, float]:
     r"""Importance-weighted -log p(x) of binary test images, in nats, and its standard error.
 
     Few samples S for all images, many for some of them, spread evenly:
     :math:`\bar\ell_S(\text{all}) + \overline{(\ell_{5000} - \ell_S)}(\text{some})`, which estimates the mean over all
-    images with hardly any noise from the choice of some. The error is that of the second mean. The proposal is the
-    posterior alone, as where the figures to compare with come from; the correction is what many more draws change.
+    images with hardly any noise from the choice of some. The error is that of the second mean. "NLL by the posterior"
+    is the same by the proposal of those who published figures to compare with; "fall on doubling" is of the many draws.
     """
-    few, images, many, _ = TEST[size]
-    noise = torch.Generator().manual_seed(seed)
-    estimate = functools.partial(metrics.importance_weighted_nll, model, proposal="posterior", generator=noise)
-    whole = estimate(x, samples=few).nll
-    some = torch.arange(0, len(x), max(1, len(x) // images))[:images]
-    tight = estimate(x[some], samples=many).nll
-    gain = tight - whole[some]
-    return {
-        "NLL": float(whole.mean() + gain.mean()),
-        "error of the correction": float(gain.std() / len(some) ** 0.5),
-        "NLL, few samples": float(whole.mean()),
-    }
+    noise = stream(seed, "evaluation")
+    some = torch.arange(0, len(x), max(1, len(x) // recipe.images))[: recipe.images]
+    measured = {}
+    for name, proposal in (("NLL", "mixture"), ("NLL by the posterior", "posterior")):
+        estimate = functools.partial(metrics.importance_weighted_nll, model, proposal=proposal, generator=noise)
+        whole = estimate(x, samples=recipe.few).nll
+        tight = estimate(x[some], samples=recipe.many)
+        gain = tight.nll - whole[some]
+        measured[name] = float(whole.mean() + gain.mean())
+        if name == "NLL":
+            measured |= {
+                "NLL, fall on doubling": float((tight.halved - tight.nll).mean()),
+                "error of the correction": float(gain.std() / len(some) ** 0.5),
+                "NLL, few samples": float(whole.mean()),
+            }
+    return measured
 
 
-def measure(model: VAE, images: data.Images, *, size: str, seed: int) -> dict[str, float]:
+def measure(model: VAE, images: data.Images, recipe: Recipe, *, seed: int) -> dict[str, float]:
     """Figures on the test images, binarised once, the same for all models; in nats where they have a unit."""
-    noise = torch.Generator().manual_seed(seed)
-    x = binarised(images.x_test, seed=0)
+    noise = stream(seed, "evaluation", 1)
+    x = binarised(images.x_test)
     mu, logvar = metrics.in_batches(model.posterior, x)
     split = metrics.encoder_information(mu, logvar, generator=noise)
-    elbo = metrics.importance_weighted_nll(model, x, samples=1, generator=noise).nll
-    features = classifier(images).features
-    fake = torch.cat([model.sample(1000, generator=noise).cpu() for _ in range(max(1, len(x) // 1000))])
-    seen = [metrics.in_batches(features, v) for v in (fake, images.x_test)]
+    elbo = metrics.importance_weighted_nll(model, x, samples=1, proposal="posterior", generator=noise).nll
+    features = judge.classifier(images).features
+    draws = stream(seed, "samples")
+    fake = torch.cat([model.sample(1000, generator=draws).cpu() for _ in range(max(1, len(x) // 1000))])
     return {
-        **nll(model, x, size=size, seed=seed),
+        **nll(model, x, recipe, seed=seed),
         "negative ELBO": float(elbo.mean()),
         "KL": split.kl,
         "mutual information": split.mutual_information,
         "cap of the information": split.cap,
         "KL of the aggregate": split.kl_aggregate,
         "active units": float(metrics.active_units(mu)),
-        "Fréchet, N(0, I)": metrics.frechet_distance(*seen),
+        "Fréchet, N(0, I)": metrics.frechet_distance(*(metrics.in_batches(features, v) for v in (fake, images.x_test))),
     }
 
 
 def fit(
-    model: VAE, images: data.Images, recipe: Recipe, *, size: str, seed: int, device: torch.device | str = "auto"
-) -> tuple[train.History, list[float]]:
-    """Train by a recipe; returns the history and the NLL of some test images, after each epoch or every few."""
-    x = binarised(images.x_test[:: max(1, len(images.x_test) // TEST[size][1])], seed=0)
-    epochs, batch_size, lr = recipe[size]
-    noise, curve, every = torch.Generator(), [], max(1, epochs // 40)
+    model: VAE, images: data.Images, recipe: Recipe, *, seed: int, device: torch.device | str = "auto"
+) -> tuple[Training, list[float]]:
+    """Train by a recipe; returns the training and the NLL of some test images, after each epoch or every few."""
+    x = binarised(images.x_test)[:: max(1, len(images.x_test) // recipe.images)]
+    curve, every = [], max(1, recipe.epochs // 40)
 
     def look(model: nn.Module, epoch: int) -> None:
         if epoch % every == 0:
-            noise.manual_seed(0)
-            options = {"samples": TEST[size][3], "proposal": "posterior", "generator": noise}
-            curve.append(float(metrics.importance_weighted_nll(model, x, **options).nll.mean()))
+            noise = stream(0, "evaluation")  # the same at each look
+            estimate = metrics.importance_weighted_nll(model, x, samples=recipe.curve, generator=noise)
+            curve.append(float(estimate.nll.mean()))
 
-    history = train.fit(
-        model,
-        images.x_train[: ROWS[size]],
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        schedule=lambda t: 1 - t,
-        seed=seed,
-        device=device,
-        callback=look,
-        progress=False,
-    )
-    return history, curve
+    training = recipe.fit(model, images.x_train[: recipe.rows], seed=seed, device=device, callback=look)
+    return training, curve
 
 
-def _settings(recipe: Recipe, samples: int, dim: int, name: str, size: str) -> dict:
-    epochs, batch_size, lr = recipe[size]
-    few, images, many, _ = TEST[size]
-    return {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "schedule": "1 - t",
-        "samples": samples,
-        "dim": dim,
-        "hidden": "200-200 tanh",
-        "last bias": "mean image",
-        "binarised": "at each step",
-        "NLL": f"{few} samples for all test images, {many} for {images}",
-    }
-
-
-def _run(recipe: Recipe, samples: int, dim: int, name: str, size: str, seed: int, device: torch.device) -> Outcome:
-    images = data.load(name)
-    model = build(images, samples=samples, dim=dim, seed=seed)
-    clock = time.process_time if device.type == "cpu" else time.perf_counter  # neighbours on the CPU do not count
-    start = clock()
-    history, curve = fit(model, images, recipe, size=size, seed=seed, device=device)
-    seconds = clock() - start
-    draws = model.sample(64, generator=torch.Generator().manual_seed(seed)).cpu()
+def run(recipe: Recipe, data_name: str, seed: int, device: torch.device) -> Outcome:
+    """Train and measure one model."""
+    images = data.load(data_name)
+    judge.classifier(images)  # if it cannot be had, one hears of it before the training
+    model = build(recipe, images, seed)
+    training, curve = fit(model, images, recipe, seed=seed, device=device)
+    draws = model.sample(64, generator=stream(seed, "samples", 1)).cpu()
     return Outcome(
-        metrics=measure(model, images, size=size, seed=seed),
-        parameters=sum(p.numel() for p in model.parameters()),
-        training_seconds=seconds,
-        samples=len(history["total"]) * recipe[size][1],
+        measure(model, images, recipe, seed=seed),
+        training,
         curves={"NLL of some test images": curve},
         figure=plots.image_panels({"means of p(x | z), z from N(0, I)": draws}, columns=16, size=6),
+        classifier=judge.about(images),
     )
 
 
-def _study(about: str, *parts) -> Study:
-    settings, run = functools.partial(_settings, *parts), functools.partial(_run, *parts)
-    return Study(about, ("mnist", "digits"), settings, run, judged=data.load)
+def _study(about: str, samples: int, dim: int) -> Study:
+    return Study(about, "vae", ("mnist", "digits"), functools.partial(recipe, samples, dim), run)
 
 
 STUDIES: dict[str, Study] = {
     **{
-        f"{'vae' if k == 1 else 'iwae'}_k{k}": _study(
-            f"likelihood of an MLP trained on the bound with k = {k}", recipe, k, DIM
-        )
-        for k, recipe in BOUND.items()
+        f"{'vae' if k == 1 else 'iwae'}_k{k}": _study(f"likelihood of an MLP trained on the bound with k = {k}", k, 50)
+        for k in MEDIUM
     },
-    **{f"vae_d{d}": _study(f"VAE with {d} codes", CODES, 1, d) for d in (2, 10, 50, 200)},
+    **{f"vae_d{d}": _study(f"VAE with {d} codes", 1, d) for d in (2, 10, 50, 200)},
 }

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gae_core import data, experiments, metrics, nets, plots, recording, records, train
+from gae_core import data, metrics, plots, records, train
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.eae import EAE
-from gae_core.studies import judge
+from gae_core.seeds import stream
+from gae_core.studies import image_models, judge, recording, registry
+from gae_core.studies.study import SIZES, Outcome, Recipe, Study
+from gae_core.train import Training
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -35,7 +38,7 @@ def kept(tmp_path_factory):
 def tiny(kept, monkeypatch):
     """Runs of two epochs, and nothing kept in the real data folder."""
     monkeypatch.setenv("GAE_DATA", str(kept))
-    monkeypatch.setitem(experiments.SIZES, "short", experiments.Size(experiments.SIZES["short"].pair, 3))
+    monkeypatch.setitem(image_models.SIZES, "short", ((256, 128), 3))
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +46,20 @@ def digits():
     return data.load("digits")
 
 
-def go(digits, out, name="eae", seeds=(0, 1), device="cpu"):
-    return experiments.run(name, images=digits, seeds=seeds, size="short", device=device, out=out)
+def go(out, name="eae", seeds=(0, 1), device="cpu"):
+    return registry.record(name, data="digits", seeds=seeds, size="short", device=device, out=out)
 
 
-@pytest.mark.parametrize("name", experiments.MODELS)
+@pytest.mark.parametrize("name", image_models.STUDIES)
 def test_a_seed_gives_the_same_metrics_to_the_last_digit(name, digits, tmp_path):
-    first, second = (records.check(go(digits, tmp_path / str(i), name, [3])) for i in range(2))
+    first, second = (records.check(go(tmp_path / str(i), name, [3])) for i in range(2))
     assert first["metrics"] == second["metrics"]
     assert all(math.isfinite(m["mean"]) and m["standard error"] is None for m in first["metrics"].values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_record_has_what_is_needed_to_do_it_again(device, digits, tmp_path):
-    path = go(digits, tmp_path, device=device)
+    path = go(tmp_path, device=device)
     assert path == tmp_path / "eae" / "digits-short.json"
     assert sorted(p.name for p in path.parent.iterdir()) == ["digits-short.json", "digits-short.png"]
     record = records.check(path)
@@ -75,25 +78,25 @@ def test_the_record_has_what_is_needed_to_do_it_again(device, digits, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_next_seed(digits, tmp_path, monkeypatch):
-    whole = records.check(go(digits, tmp_path / "whole"))
-    real, seeds = experiments.fit, []
+    whole = records.check(go(tmp_path / "whole"))
+    real, seeds = train.fit, []
 
-    def fit(model, images, *, seed, **options):
+    def fit(*arguments, seed, **options):
         seeds.append(seed)
         if len(seeds) == 2:
             raise KeyboardInterrupt
-        return real(model, images, seed=seed, **options)
+        return real(*arguments, seed=seed, **options)
 
-    monkeypatch.setattr(experiments, "fit", fit)
+    monkeypatch.setattr(train, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        go(digits, tmp_path)
+        go(tmp_path)
     assert not (tmp_path / "eae" / "digits-short.json").exists()
-    path = go(digits, tmp_path)
+    path = go(tmp_path)
     assert seeds == [0, 1, 1], "the finished seed is not trained again"
     assert records.check(path)["metrics"] == whole["metrics"]
-    assert go(digits, tmp_path, seeds=[1]) == path and len(seeds) == 3, "what is there is not made again"
-    monkeypatch.setattr(recording, "code", lambda: "other code")
-    go(digits, tmp_path)
+    assert go(tmp_path, seeds=[1]) == path and len(seeds) == 3, "what is there is not made again"
+    monkeypatch.setattr(recording, "code", lambda study: "other code")
+    go(tmp_path)
     assert seeds[3:] == [0, 1], "other code makes other records"
 
 
@@ -101,39 +104,39 @@ def test_a_cpu_does_not_overwrite_a_gpu(digits, tmp_path, monkeypatch):
     path = tmp_path / "eae" / "digits-short.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"device": "NVIDIA H200"}))
-    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    monkeypatch.setattr(train, "fit", lambda *a, **k: pytest.fail("found only after the training"))
     with pytest.raises(FileExistsError, match="record of a GPU"):
-        go(digits, tmp_path)
+        go(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_training(digits, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    monkeypatch.setattr(train, "fit", lambda *a, **k: pytest.fail("found only after the training"))
     with pytest.raises(OSError, match="cannot write into"):
-        go(digits, tmp_path / "file")
+        go(tmp_path / "file")
 
 
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
 def test_seeds_must_be_different_and_some(seeds, digits, tmp_path):
     with pytest.raises(ValueError, match="seeds must be"):
-        go(digits, tmp_path, seeds=seeds)
+        go(tmp_path, seeds=seeds)
 
 
 def test_a_checkpoint_says_which_model_it_is(tmp_path):
-    model = experiments.build("batch_norm", (1, 8, 8), size="short", seed=5).eval()
+    model = built("batch_norm", 5).eval()
     about = {"name": "batch_norm", "data": "digits", "shape": [1, 8, 8], "size": "short", "seed": 0}
-    experiments.label(model, **about)
+    registry.label(model, **about)
     torch.save({"model": model.state_dict()}, tmp_path / "x.pt")
-    loaded, found = experiments.load_checkpoint(tmp_path / "x.pt")
+    loaded, found = registry.load_checkpoint(tmp_path / "x.pt")
     assert found == about
     x = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
 def test_the_classifier_is_kept_and_reproducible(digits, kept, tmp_path, monkeypatch):
-    first = experiments.classifier(digits)
+    first = judge.classifier(digits)
     monkeypatch.setenv("GAE_DATA", str(tmp_path))
-    again = experiments.classifier(digits)
+    again = judge.classifier(digits)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     told = judge.about(digits)["accuracy"]
@@ -150,7 +153,7 @@ def test_the_classifier_of_mnist_is_at_least_99_per_cent_right(monkeypatch):
     images = data.load("mnist")
     if not judge.about(images):
         pytest.skip("no classifier of MNIST is trained yet: `python -m gae_core run` trains it when first needed")
-    right = metrics.in_batches(experiments.classifier(images), images.x_test).argmax(1) == images.y_test
+    right = metrics.in_batches(judge.classifier(images), images.x_test).argmax(1) == images.y_test
     assert right.double().mean() >= 0.99
 
 
@@ -222,44 +225,56 @@ def test_commands_that_differ_in_the_name_alone_are_told_once(tmp_path):
     )
 
 
-def coin(data_name, size, seed, device):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Throw(Recipe):
+    """Of a coin."""
+
+    epochs: int = 7
+    betas: tuple = (0.5, 0.9)
+    height: str = ""
+
+
+NOTHING = Training({}, seconds=0.5, processor_seconds=0.4, rows=100, parameters=3)
+
+
+def coin(recipe, data_name, seed, device):
     """A study without a model."""
     figure, axes = plots.plt.subplots()
     axes.plot([0, seed])
     curve = [float(seed), 2.0 * seed]
-    return records.Outcome({"seed": float(seed)}, 3, 0.5, 100, {"curve": curve}, figure)
+    return Outcome({"seed": float(seed)}, NOTHING, {"curve": curve}, figure)
 
 
 def test_a_study_is_recorded_by_seed(tmp_path):
-    study = records.Study("a coin", ("digits",), lambda data_name, size: {"epochs": 7, "size of it": size}, coin)
+    study = Study("a coin", "coins", ("digits",), lambda data_name, size: Throw(height=size), coin)
     open_before = plots.plt.get_fignums()
-    path = recording.record("coin", study, topic="coins", seeds=(1, 3), size="short", device="cpu", out=tmp_path)
+    path = recording.record("coin", study, seeds=(1, 3), size="short", device="cpu", out=tmp_path)
     found = records.check(path)
     assert path == tmp_path / "coin" / "digits-short.json" and path.with_suffix(".png").exists()
     assert found["metrics"]["seed"] == records.summary([1.0, 3.0])
     assert found["curves"] == {"curve": [[1.0, 2.0], [3.0, 6.0]]}
-    assert (found["topic"], found["size of it"], found["epochs"], found["parameters"]) == ("coins", "short", 7, 3)
+    assert (found["topic"], found["height"], found["epochs"], found["parameters"]) == ("coins", "short", 7, 3)
     assert (found["training seconds"], found["samples a second"]) == (1.0, 200.0)
     assert found["command"] == "python -m gae_core run coin --data digits --size short --seeds 1,3"
     assert plots.plt.get_fignums() == open_before
     assert list(records.groups(tmp_path)) == ["coins: digits, size short, CPU, 7 epochs, seeds 1, 3"]
     with pytest.raises(ValueError, match="data of coin must be one of digits, got 'mnist'"):
-        recording.record("coin", study, topic="coins", data="mnist", out=tmp_path)
+        recording.record("coin", study, data="mnist", out=tmp_path)
 
 
-COIN = records.Study("a coin", ("digits",), lambda *_: {"epochs": 7, "betas": (0.5, 0.9)}, coin)
+COIN = Study("a coin", "coins", ("digits",), lambda *_: Throw(), coin)
 
 
 def toss(out, *seeds, study=COIN, **options):
-    return recording.record("coin", study, topic="coins", seeds=seeds, size="short", device="cpu", out=out, **options)
+    return recording.record("coin", study, seeds=seeds, size="short", device="cpu", out=out, **options)
 
 
 def test_seeds_join_a_record_that_was_made_alike(tmp_path):
     said, tossed = [], []
 
-    def counted(data_name, size, seed, device):
+    def counted(recipe, data_name, seed, device):
         tossed.append(seed)
-        return coin(data_name, size, seed, device)
+        return coin(recipe, data_name, seed, device)
 
     study = dataclasses.replace(COIN, run=counted)
     picture = toss(tmp_path, 0, 1, study=study).with_suffix(".png")
@@ -286,16 +301,16 @@ def test_seeds_join_a_record_that_was_made_alike(tmp_path):
 def test_seeds_of_a_record_that_was_made_otherwise_are_not_lost_unasked(change, tmp_path, monkeypatch):
     path, said, study = toss(tmp_path, 0, 1), [], COIN
     if change == "code":
-        monkeypatch.setattr(recording, "code", lambda: "other code")
+        monkeypatch.setattr(recording, "code", lambda study: "other code")
     else:
-        study = dataclasses.replace(COIN, settings=lambda *_: {"epochs": 8, "betas": (0.5, 0.9)})
+        study = dataclasses.replace(COIN, recipe=lambda *_: Throw(epochs=8))
     before, other = path.read_bytes(), {"code": "code", "settings": "epochs"}[change]
     with pytest.raises(FileExistsError, match=rf"seeds 0, 1, made with another {other}: .*--seeds 0,1,2.*--replace"):
         toss(tmp_path, 2, study=study)
     assert path.read_bytes() == before
     toss(tmp_path, 1, 0, 2, study=study, say=said.append)
     assert records.check(path)["seeds"] == [1, 0, 2] and "it stays until these are done" in said[0]
-    monkeypatch.setattr(recording, "code", lambda: "again other code")
+    monkeypatch.setattr(recording, "code", lambda study: "again other code")
     toss(tmp_path, 2, study=study, replace=True)
     assert records.check(path)["seeds"] == [2]
 
@@ -303,12 +318,12 @@ def test_seeds_of_a_record_that_was_made_otherwise_are_not_lost_unasked(change, 
 def test_seeds_that_another_run_left_or_ends_meanwhile_are_kept(tmp_path):
     """A run of the seeds 0 and 1 is stopped after 0, and while another does 2, a third one ends with 3."""
 
-    def stopped(data_name, size, seed, device):
+    def stopped(recipe, data_name, seed, device):
         if seed == 1:
             raise KeyboardInterrupt
         if seed == 2:
             toss(tmp_path, 3)
-        return coin(data_name, size, seed, device)
+        return coin(recipe, data_name, seed, device)
 
     study = dataclasses.replace(COIN, run=stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -324,7 +339,7 @@ def test_seeds_that_another_run_left_or_ends_meanwhile_are_kept(tmp_path):
 
 def test_runs_at_once_do_not_disturb_each_other(tmp_path):
     """Threads see the same files as processes; a study without a figure, since pyplot is for one thread."""
-    study = dataclasses.replace(COIN, run=lambda *a: records.Outcome({"seed": float(a[2])}, 3, 0.5, 100))
+    study = dataclasses.replace(COIN, run=lambda *a: Outcome({"seed": float(a[2])}, NOTHING))
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         jobs = [pool.submit(toss, tmp_path, *seeds, study=study) for seeds in [(i % 8, 8 + i % 8) for i in range(48)]]
     path = {job.result() for job in jobs}.pop()
@@ -335,9 +350,9 @@ def test_runs_at_once_do_not_disturb_each_other(tmp_path):
 def test_a_picture_that_cannot_be_written_does_not_lose_the_numbers(tmp_path, monkeypatch):
     tossed = []
 
-    def heavy(data_name, size, seed, device):
+    def heavy(recipe, data_name, seed, device):
         tossed.append(seed)
-        return coin(data_name, size, seed, device)
+        return coin(recipe, data_name, seed, device)
 
     def full(figure, path, **options):
         Path(path).write_bytes(b"half")
@@ -371,23 +386,28 @@ def test_a_record_that_cannot_be_written_is_named_and_leaves_the_old_one(tmp_pat
 
 def test_a_damaged_classifier_is_found_before_the_training(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("GAE_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(experiments, "fit", lambda *a, **k: pytest.fail("found only after the training"))
+    monkeypatch.setattr(train, "fit", lambda *a, **k: pytest.fail("found only after the training"))
     monkeypatch.setattr(judge, "about", lambda *a, **k: {"accuracy": 1.0})
     path = judge._file(digits, 0)
     path.parent.mkdir()
     path.write_bytes(b"half a classifier")
     with pytest.raises(ValueError, match=r"classifier-digits-0.*\.pt is damaged: delete it"):
-        go(digits, tmp_path / "out")
+        go(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", experiments.STUDIES)
+@pytest.mark.parametrize("name", registry.STUDIES)
 def test_every_study_says_what_it_is(name):
-    topic, study = experiments.STUDIES[name]
-    assert name not in experiments.MODELS and topic and study.about and study.data
-    for size in experiments.SIZES:
+    study = registry.STUDIES[name]
+    assert study.topic and study.about and study.data
+    for size in SIZES:
         for data_name in study.data:
-            assert study.settings(data_name, size)["epochs"] >= 0  # 0 where nothing is trained
-            json.dumps(study.settings(data_name, size))
+            settings = study.recipe(data_name, size).settings()
+            assert settings["epochs"] >= 0  # 0 where nothing is trained
+            assert json.loads(json.dumps(settings)) == settings
+
+
+def test_the_rows_of_data_sets_are_as_many_as_is_said(digits):
+    assert data.ROWS["digits"] == len(digits.x_train) and set(data.ROWS) == set(data.NAMES)
 
 
 @pytest.mark.parametrize(
@@ -472,15 +492,19 @@ def test_a_classifier_depends_on_its_seed_alone(digits, monkeypatch, tmp_path):
         monkeypatch.setenv("GAE_DATA", str(tmp_path / str(number)))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(global_seed)
-            states.append(state(experiments.classifier(few(digits), seed=seed)))
+            states.append(state(judge.classifier(few(digits), seed=seed)))
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
-@pytest.mark.parametrize("size", experiments.SIZES)
-@pytest.mark.parametrize("name", experiments.MODELS)
+def built(name, seed, size="short"):
+    return registry.build(name, (1, 8, 8), data="digits", size=size, seed=seed)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", registry.MODELS)
 def test_models_are_built_from_their_seed_alone(name, size):
     before = torch.random.get_rng_state()
-    first, again, other = (experiments.build(name, (1, 8, 8), size=size, seed=s) for s in (0, 0, 1))
+    first, again, other = (built(name, seed, size) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert same(state(first), state(again)) and not same(state(first), state(other))
     assert isinstance(first, Autoencoder) and first(torch.rand(4, 1, 8, 8)).shape == (4, 1, 8, 8)
@@ -491,12 +515,12 @@ def test_building_leaves_the_generator_of_the_gpu():
         pytest.skip("no CUDA device here")
     torch.cuda.init()
     before = torch.cuda.get_rng_state()
-    experiments.build("autoencoder", (1, 8, 8), size="short", seed=123)
+    built("autoencoder", 123)
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 def test_batch_norm_alone_is_the_entropic_autoencoder_without_entropy():
-    models = {name: experiments.build(name, (1, 8, 8), size="short", seed=0) for name in ("batch_norm", "eae")}
+    models = {name: built(name, 0) for name in ("batch_norm", "eae")}
     assert all(isinstance(model, EAE) for model in models.values())
     assert models["batch_norm"].lam == 0 and models["eae"].lam == 1
     assert same(state(models["batch_norm"]), state(models["eae"]))
@@ -511,43 +535,46 @@ def test_batch_norm_alone_is_the_entropic_autoencoder_without_entropy():
 )
 def test_unknown_names_and_sizes_are_named(name, size, message):
     with pytest.raises(ValueError, match=message):
-        experiments.build(name, (1, 8, 8), size=size, seed=0)
+        built(name, 0, size)
 
 
 @pytest.mark.parametrize(("n", "epochs"), [(1000, 180), (60_000, 3), (120_000, 2), (10**9, 1)])
-def test_a_size_is_a_number_of_images_seen(n, epochs):
-    assert experiments.Size(nets.mlp_pair, 180).epochs(n) == epochs
+def test_a_size_is_a_number_of_images_seen(n, epochs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(data.ROWS, "digits", n)
+        patch.setitem(image_models.SIZES, "short", ((256, 128), 180))
+        assert image_models.recipe("eae", "digits", "short").epochs == epochs
 
 
 @pytest.fixture
 def model(digits):
-    model = experiments.build("eae", digits.shape, size="short", seed=0)
-    experiments.fit(model, digits, size="short", seed=0, progress=False)
+    model = built("eae", 0)
+    image_models.recipe("eae", "digits", "short").fit(model, digits.x_train, seed=0)
     return model
 
 
 def test_four_sources_go_through_the_same_decoder_and_repeat(model, digits):
-    sources = experiments.sample_sources(model, digits, n=30, seed=3)
+    sources = image_models.sample_sources(model, digits, n=30, seed=3)
     assert list(sources) == ["N(0, I)", "one Gaussian", "mixture of ten", "reconstructions"]
     for x in sources.values():
         assert x.shape == (30, 1, 8, 8) and x.min() >= 0 and x.max() <= 1
     torch.testing.assert_close(sources["reconstructions"], model(digits.x_test[:30]).detach())
-    generator = torch.Generator().manual_seed(3)
+    generator = stream(3, "samples")
     torch.testing.assert_close(sources["N(0, I)"], model.sample(30, generator=generator))
-    again, other = (experiments.sample_sources(model, digits, n=30, seed=s) for s in (3, 4))
+    again, other = (image_models.sample_sources(model, digits, n=30, seed=s) for s in (3, 4))
     for name, x in sources.items():
         assert torch.equal(x, again[name])
         assert torch.equal(x, other[name]) == (name == "reconstructions")
 
 
 def test_measures_are_the_metrics_of_the_sources(model, digits):
-    values = experiments.measure(model, digits, seed=3, n=100)
+    values = image_models.measure(model, digits, seed=3, n=100)
     error = (digits.x_test - model(digits.x_test).detach()).square().sum((1, 2, 3)).mean()
     assert values["squared error"] == pytest.approx(float(error), rel=1e-5)
-    real = experiments.classifier(digits).features(digits.x_test).detach()
-    sources = experiments.sample_sources(model, digits, n=100, seed=3) | {"real images": digits.x_train[:100]}
+    real = judge.classifier(digits).features(digits.x_test).detach()
+    sources = image_models.sample_sources(model, digits, n=100, seed=3) | {"real images": digits.x_train[:100]}
     for name, x in sources.items():
-        distance = metrics.frechet_distance(experiments.classifier(digits).features(x).detach(), real)
+        distance = metrics.frechet_distance(judge.classifier(digits).features(x).detach(), real)
         assert values[f"Fréchet, {name}"] == pytest.approx(distance, rel=1e-4)
     codes = metrics.gaussianity(model.encode(digits.x_test))
     assert values["ks marginal"] == pytest.approx(codes.ks_marginal, rel=1e-5)
