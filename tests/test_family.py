@@ -422,7 +422,7 @@ def test_of_several_searches_the_best_is_taken():
     assert fill(starts[:, :2]) == pytest.approx(-2, abs=0.01)
 
 
-def test_odd_images_are_odd_as_a_whole_and_ranks_count_ties_half():
+def test_odd_images_are_odd_as_a_whole():
     images = family.images_of("digits", "short")
     x, y = images.x_test, images.y_test
     odd = family.odd_images(x, y, torch.Generator().manual_seed(0))
@@ -432,8 +432,6 @@ def test_odd_images_are_odd_as_a_whole_and_ranks_count_ties_half():
     origin = (right[:, None] == x[None, ..., 4:]).flatten(2).all(2)  # of which images it is the right half
     assert all((origin[i] & (y != y[i])).any() for i in range(len(x)))
     assert len(torch.unique(right.flatten(1), dim=0)) > len(x) / 4  # not a few for all
-    assert family.auroc(torch.tensor([1.0, 2]), torch.tensor([0.0, 1])) == pytest.approx(7 / 8)
-    assert family.auroc(torch.ones(3), torch.ones(4)) == 0.5
 
 
 @pytest.mark.parametrize("name", ["pca", "ppca", "k_means", "mixture", "local_pca"])

@@ -780,12 +780,6 @@ def odd_images(x: Tensor, y: Tensor, generator: Generator) -> dict[str, Tensor]:
     }
 
 
-def auroc(odd: Tensor, usual: Tensor) -> float:
-    """Probability that an odd one, of scores (n,), has a larger score than a usual one, of (m,); 1/2 for equal ones."""
-    odd = odd[:, None]
-    return float((odd > usual).double().mean() + 0.5 * (odd == usual).double().mean())
-
-
 def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Figures of a member on the test images, by name, and images to look at; seconds are the processor's."""
     shape, x, y = images.shape, images.x_test.flatten(1), images.y_test
@@ -835,7 +829,9 @@ def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple
         for name, score in scores.items():
             usual = score(clean)
             for kind, odd in odd_images(images.x_test[: size.probe], labels, Generator().manual_seed(0)).items():
-                found[f"AUROC of the {name}, {kind}"] = auroc(score(odd.flatten(1)), usual)
+                both = torch.cat([usual, score(odd.flatten(1))])
+                rated = metrics.detection(both, torch.arange(len(both)) >= len(usual))
+                found[f"AUROC of the {name}, {kind}"] = rated.auroc
     if member.fill is not None:
         seen = torch.zeros(shape, dtype=torch.bool)
         seen[..., : shape[2] // 2] = True
