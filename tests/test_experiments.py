@@ -4,22 +4,19 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-import sys
 import tarfile
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
+import training
 
 from gae_core import data, experiments, judge, metrics, nets, plots, recording, records, train
 from gae_core.models.autoencoder import Autoencoder
 from gae_core.models.eae import EAE
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu  # noqa: E402
-import training  # noqa: E402
-
 REAL = data.data_root()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
