@@ -380,41 +380,6 @@ def parzen_log_likelihood(samples: Tensor, x: Tensor, *, width: float, chunk_siz
     return torch.cat(parts) - constant
 
 
-def inception_fid(
-    real: Tensor, fake: Tensor, *, feature: int | nn.Module = 2048, device: str = "cpu", batch_size: int = 100
-) -> float:
-    """Fréchet distance in the features of Inception, by torchmetrics: the FID of the literature.
-
-    Needs the optional packages of ``pip install "gae_core[fid]"``, and a network for Inception's weights at the first
-    call. The figure depends on the resizing and the weights: compare figures of one pipeline only.
-
-    Args:
-        real: images, (n, 1 or 3, height, width), bytes or floats in [0, 1]; grey ones are repeated to three channels.
-        fake: generated images, (m, 1 or 3, height, width).
-        feature: width of an Inception layer (2048 is the usual one), or another module to take the features from.
-        device: where the features are computed.
-        batch_size: images at a time.
-
-    Raises:
-        ImportError: if torchmetrics or torch-fidelity is missing; the message says what to install.
-        ValueError: for other shapes.
-    """
-    for name, value in (("real", real), ("fake", fake)):
-        if value.ndim != 4 or value.shape[1] not in (1, 3):
-            raise ValueError(f"{name} must have shape (n, 1 or 3, height, width), got {tuple(value.shape)}")
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        fid = FrechetInceptionDistance(feature).to(device)
-    except ImportError as error:
-        raise ImportError('inception_fid needs two more packages: pip install "torchmetrics[image]"') from error
-    for images, is_real in ((real, True), (fake, False)):
-        for batch in images.split(batch_size):
-            as_bytes = batch if batch.dtype == torch.uint8 else (255 * batch).round().byte()
-            fid.update(as_bytes.expand(-1, 3, -1, -1).to(device), real=is_real)
-    return float(fid.compute())
-
-
 @dataclass(frozen=True)
 class Gaussianity:
     """How far codes are from N(0, I). Each but radius_std is 0 for the distribution itself, up to sampling.
