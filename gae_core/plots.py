@@ -1,6 +1,5 @@
 """The few figures that several chapters draw."""
 
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

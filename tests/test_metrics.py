@@ -399,7 +399,7 @@ def test_mode_count_names_wrong_arguments(labels, reference, message):
         mode_count(labels, reference)
 
 
-# --- modes and bad input ---
+# --- quality of modes, bad input ---
 
 
 MODES = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
