@@ -1,9 +1,13 @@
 """The family: one line for its models, the relatives' algorithms, densities to be compared, the map, the study."""
 
 import dataclasses
+import html
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import mpmath as mp
@@ -708,8 +712,7 @@ def test_records_say_what_members_were_made_with(monkeypatch):
     assert family._settings("bn_vae", "mnist", "medium")["options"]["gamma"] == 0.7
 
 
-def test_the_map_of_the_chapter_is_the_map_of_the_code():
-    assert family.map_table() in CHAPTER
+def test_the_map_says_in_words_what_its_picture_says_in_places():
     for place in family.MAP:
         assert place.found in family.FOUND
         assert place.known in family.KNOWN
@@ -727,6 +730,30 @@ def test_the_map_of_the_chapter_is_the_map_of_the_code():
         }
         assert [place.goal] == [goal for words, goal in begins.items() if place.maximised.startswith(words)]
         assert (ROOT / "book" / f"{place.chapter}.md").exists()
+
+
+def test_the_chapter_prints_the_map_of_the_code(tmp_path):
+    assert "\n```{family-map}\n```\n" in CHAPTER and "| it is found by |" not in CHAPTER
+    (tmp_path / "index.md").write_text("# Map\n\n```{family-map}\n```\n", encoding="utf-8")
+    for chapter in {place.chapter for place in family.MAP} - {"family"}:
+        (tmp_path / f"{chapter}.md").write_text(f"---\norphan: true\n---\n# {chapter}\n", encoding="utf-8")
+    (tmp_path / "conf.py").write_text(
+        'extensions = ["myst_parser", "family_map"]\nmyst_enable_extensions = ["dollarmath"]\n'
+    )
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", ".", "out"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    rows = re.findall("<tr.*?</tr>", page, re.DOTALL)[1:]
+    assert len(rows) == len(family.MAP)
+    for row, place in zip(rows, family.MAP, strict=True):
+        cells = [re.sub("<.*?>", "", cell).strip() for cell in re.findall("<td>(.*?)</td>", row, re.DOTALL)]
+        assert html.unescape(cells[0]) == place.model
+        assert (f'href="{place.chapter}.html"' in row) == (place.chapter != "family")
+        written = [place.latent, place.inference, place.assumed, place.maximised, place.sampled]
+        for cell, words in zip(cells[1:], written, strict=True):
+            assert html.unescape(cell).replace("’", "'") == re.sub(r"\$(.*?)\$", r"\\(\1\\)", words)
 
 
 def test_the_chapters_reading_of_the_recorded_runs():

@@ -1007,7 +1007,7 @@ MAP = tuple(
 
 
 def map_table() -> str:
-    """The map of the family as a table in MyST, as it stands in the chapter."""
+    """The map of the family as a table in MyST: what the chapter prints."""
     lines = ["| model | the code is | it is found by | assumed of its distribution | maximised | can be sampled |"]
     lines.append("|---" * 6 + "|")
     for place in MAP:
