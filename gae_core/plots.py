@@ -1,7 +1,5 @@
 """The few figures that several chapters draw."""
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -69,14 +67,3 @@ def draw_codes(ax: Axes, z: Tensor, y: Tensor | None = None, *, title: str = "",
         ax.set(xlim=(-limit, limit), ylim=(-limit, limit))
     ax.set_aspect("equal")
     ax.set_title(title, fontsize=10)
-
-
-def draw_history(ax: Axes, history: dict[str, Tensor], terms: Sequence[str], *, window: int = 20) -> None:
-    """Draw terms of a training's history over its steps, averaged over windows of steps."""
-    for name in terms:
-        values = history[name]
-        window = max(1, min(window, len(values)))
-        means = values[: len(values) // window * window].reshape(-1, window).mean(1)
-        ax.plot([(i + 0.5) * window for i in range(len(means))], means, label=name)
-    ax.set_xlabel("step")
-    ax.legend()

@@ -1,14 +1,12 @@
-"""What all tests share: the path to the book's tools, and repeatable property tests."""
+"""What all tests share: repeatable property tests, and figures that are closed."""
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("MPLBACKEND", "agg")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "book" / "_ext"))
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

@@ -696,7 +696,6 @@ def test_exercise_values():
 
 
 def test_the_benchmark_runs_the_same_chains_and_places_its_table(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import mala as benchmark
 
     few = {name: 30 for name in benchmark.STEPS}

@@ -1,8 +1,6 @@
 """Metrics on samples whose moments are exact by construction, so that the formulas hold to rounding."""
 
-import importlib.util
 import math
-import sys
 
 import hypothesis.strategies as st
 import numpy as np
@@ -21,7 +19,6 @@ from gae_core.metrics import (
     frechet_distance,
     gaussianity,
     in_batches,
-    inception_fid,
     mode_count,
     mode_quality,
     parzen_log_likelihood,
@@ -402,7 +399,7 @@ def test_mode_count_names_wrong_arguments(labels, reference, message):
         mode_count(labels, reference)
 
 
-# --- Inception ---
+# --- quality of modes, bad input ---
 
 
 MODES = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
@@ -452,29 +449,3 @@ def test_what_has_no_answer_is_named(name):
     call, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_without_torchmetrics_inception_fid_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(ImportError, match=r'pip install "torchmetrics\[image\]"'):
-        inception_fid(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchmetrics") is None, reason="torchmetrics is optional, and not here")
-def test_inception_fid_is_the_frechet_distance_of_the_features():
-    class Features(nn.Module):
-        def forward(self, x):
-            return x[:, :2, :2, 0].double().flatten(1)
-
-    real = torch.rand(50, 3, 8, 8, generator=seeded())
-    fake = torch.randint(0, 256, (40, 1, 8, 8), generator=seeded(1), dtype=torch.uint8)
-    features = Features()
-    expected = frechet_distance(features((255 * real).round()), features(fake.expand(-1, 3, -1, -1)))
-    assert inception_fid(real, fake, feature=features, batch_size=7) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 2, 8, 8)])
-def test_inception_fid_names_wrong_shapes(shape):
-    with pytest.raises(ValueError, match="fake must have shape"):
-        inception_fid(torch.rand(4, 3, 8, 8), torch.rand(shape))

@@ -101,17 +101,3 @@ def test_codes_of_one_class_have_one_colour_and_those_of_others_another(ax):
     assert colours[0] == colours[3] and colours[1] == colours[4] and len(set(colours)) == 4
     assert colours[0][:3] == pytest.approx(to_rgba("tab:blue")[:3], abs=1e-6)
     assert ax.get_xlim() == ax.get_ylim() == (-3, 3)
-
-
-@pytest.mark.parametrize("window", [1, 4, 5, 100])
-def test_history_is_drawn_as_means_over_windows_at_their_centres(window, ax):
-    history = {"total": torch.arange(10.0), "error": torch.arange(10.0) ** 2, "other": torch.ones(10)}
-    plots.draw_history(ax, history, ["total", "error"], window=window)
-    drawn(ax.figure)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["total", "error"]
-    size = min(window, 10)
-    starts = range(0, 10 // size * size, size)
-    for line, name in zip(ax.lines, ["total", "error"], strict=True):
-        means = [float(sum(history[name][s : s + size])) / size for s in starts]
-        np.testing.assert_allclose(line.get_ydata(), means)
-        np.testing.assert_allclose(line.get_xdata(), [s + size / 2 for s in starts])

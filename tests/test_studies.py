@@ -4,12 +4,13 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-import sys
 import tarfile
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
+import training
 
 from gae_core import data, metrics, plots, records, train
 from gae_core.models.autoencoder import Autoencoder
@@ -20,10 +21,6 @@ from gae_core.studies.study import SIZES, Outcome, Recipe, Study
 from gae_core.train import Training
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu  # noqa: E402
-import training  # noqa: E402
-
 REAL = data.data_root()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gae_core.data import to_unit
 
@@ -247,6 +247,8 @@ def detection(scores: Tensor, anomaly: Tensor) -> Detection:
     Raises:
         ValueError: for other shapes, scores that are not finite, or one kind of sample only.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     if scores.ndim != 1 or anomaly.shape != scores.shape or anomaly.dtype != torch.bool:
         raise ValueError(
             f"scores and anomaly must be (n,), the second boolean, got {tuple(scores.shape)} and "
@@ -257,17 +259,11 @@ def detection(scores: Tensor, anomaly: Tensor) -> Detection:
     n, k = len(scores), int(anomaly.sum())
     if not 0 < k < n:
         raise ValueError(f"anomaly must have both kinds, got {k} anomalies of {n}")
-    # Scores that are equal share a threshold: what is counted is counted to the end of their group.
-    values, group = scores.detach().cpu().double().neg().unique(return_inverse=True)  # highest score first
-    hits = torch.bincount(group, anomaly.cpu().double(), minlength=len(values))
-    total = torch.bincount(group, minlength=len(values)).double()
-    found, seen = hits.cumsum(0), total.cumsum(0)
-    misses = total - hits
-    later = misses.sum() - misses.cumsum(0)  # samples of the other kind with a lower score
+    truth, found = anomaly.cpu().numpy(), scores.detach().cpu().double().numpy()
     ranks = torch.arange(1, k + 1, dtype=torch.float64)
     return Detection(
-        auroc=float((hits * (later + misses / 2)).sum() / (k * (n - k))),
-        auprc=float((hits * found / seen).sum() / k),
+        auroc=float(roc_auc_score(truth, found)),
+        auprc=float(average_precision_score(truth, found)),
         prevalence=k / n,
         least=float((ranks / (n - k + ranks)).mean()),
     )
@@ -305,38 +301,3 @@ def parzen_log_likelihood(samples: Tensor, x: Tensor, *, width: float, chunk_siz
     constant = 0.5 * x.shape[1] * math.log(2 * math.pi * width**2) + math.log(len(centres))
     parts = [(-torch.cdist(rows, centres).square() / (2 * width**2)).logsumexp(1) for rows in x.split(chunk_size)]
     return torch.cat(parts) - constant
-
-
-def inception_fid(
-    real: Tensor, fake: Tensor, *, feature: int | nn.Module = 2048, device: str = "cpu", batch_size: int = 100
-) -> float:
-    """Fréchet distance in the features of Inception, by torchmetrics: the FID of the literature.
-
-    Needs the optional packages of ``pip install "gae_core[fid]"``, and a network for Inception's weights at the first
-    call. The figure depends on the resizing and the weights: compare figures of one pipeline only.
-
-    Args:
-        real: images, (n, 1 or 3, height, width), bytes or floats in [0, 1]; grey ones are repeated to three channels.
-        fake: generated images, (m, 1 or 3, height, width).
-        feature: width of an Inception layer (2048 is the usual one), or another module to take the features from.
-        device: where the features are computed.
-        batch_size: images at a time.
-
-    Raises:
-        ImportError: if torchmetrics or torch-fidelity is missing; the message says what to install.
-        ValueError: for other shapes.
-    """
-    for name, value in (("real", real), ("fake", fake)):
-        if value.ndim != 4 or value.shape[1] not in (1, 3):
-            raise ValueError(f"{name} must have shape (n, 1 or 3, height, width), got {tuple(value.shape)}")
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        fid = FrechetInceptionDistance(feature).to(device)
-    except ImportError as error:
-        raise ImportError('inception_fid needs two more packages: pip install "torchmetrics[image]"') from error
-    for images, is_real in ((real, True), (fake, False)):
-        for batch in images.split(batch_size):
-            as_bytes = batch if batch.dtype == torch.uint8 else (255 * batch).round().byte()
-            fid.update(as_bytes.expand(-1, 3, -1, -1).to(device), real=is_real)
-    return float(fid.compute())
