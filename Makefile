@@ -8,6 +8,8 @@ NOTEBOOK ?=
 PORT ?= 8000
 # A thread that waits for another sleeps: on a busy machine spinning makes small networks ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests run on as many processes as there are cores, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 # For `make gpu`: another interpreter that has torch with CUDA, one part alone, and where its archive goes.
 PYTHON_GPU ?=
 PART ?=
@@ -15,7 +17,7 @@ OUT ?= _build/gpu
 FROM ?= $(OUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help interpreter book test notebooks serve bench gpu records clean
+.PHONY: help interpreter book check slow test notebooks serve bench gpu records clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -44,10 +46,18 @@ book: $(READY)  ## build the book and print the page to open
 	@$(BIN)/jupyter-book build . -n -W --keep-going --quiet || { rm -rf _build/.doctrees; exit 1; }
 	@echo "Open $(CURDIR)/$(PAGE)"
 
+check: $(READY)  ## what one wants after each edit: style, structure, records, mathematics
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	$(PYTEST) -m "not slow and not pages"
+
 test: book  ## check the mathematics, the code and the pages, then run every notebook (short)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	$(BIN)/python -m pytest
-	GAE_SIZE=short $(BIN)/python -m pytest --nbval-lax -W ignore notebooks/*.ipynb
+	$(PYTEST)
+	GAE_SIZE=short $(PYTEST) --dist loadfile --nbval-lax -W ignore notebooks/*.ipynb
+
+slow: $(READY)  ## find the tests that take more than half a second, which `make check` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations 0 --durations-min 0.5 | \
+	  sed -nE 's/.*s (call|setup) +tests\/([^[]*).*/\2/p' | sort -u > tests/slow.txt
 
 notebooks: $(READY)  ## run notebooks/*.py and write them with their outputs; NOTEBOOK=eae for one
 	$(BIN)/python book/_ext/make_notebooks.py $(NOTEBOOK)

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -390,6 +391,27 @@ def test_a_damaged_classifier_is_found_before_the_training(digits, tmp_path, mon
     path.write_bytes(b"half a classifier")
     with pytest.raises(ValueError, match=r"classifier-digits-0.*\.pt is damaged: delete it"):
         go(tmp_path / "out")
+
+
+def test_the_digest_is_of_the_code_that_a_study_runs(tmp_path, monkeypatch):
+    """Of its imports, however deep; comments, docstrings, layout and other studies do not count."""
+    package = tmp_path / "gae_core"
+    shutil.copytree(ROOT / "gae_core", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(recording, "__file__", str(package / "studies" / "recording.py"))
+    monkeypatch.setattr(recording.inspect, "getsourcefile", lambda run: str(package / "studies" / "image_models.py"))
+    study, path = registry.STUDIES["eae"], package / "models" / "eae.py"
+    names = {str(p.relative_to(package)) for p in recording.sources(package / "studies" / "image_models.py")}
+    assert {"entropy.py", "models/eae.py", "metrics/samples.py", "train.py", "studies/judge.py", "seeds.py"} <= names
+    assert not {"studies/family.py", "studies/recording.py", "energy.py", "__main__.py"} & names
+    first, source = recording.code(study), path.read_text(encoding="utf-8")
+    path.write_text(f"# A comment.\n\n\n{source}", encoding="utf-8")
+    assert recording.code(study) == first
+    (package / "energy.py").write_text("x = 1\n", encoding="utf-8")
+    assert recording.code(study) == first
+    path.write_text(source.replace('"""', '"""Another word: ', 1), encoding="utf-8")
+    assert recording.code(study) == first
+    path.write_text(source + "\nx = 1\n", encoding="utf-8")
+    assert recording.code(study) != first
 
 
 @pytest.mark.parametrize("name", registry.STUDIES)

@@ -788,3 +788,35 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_kept(damage, tmp_path):
         fit(model, x, epochs=2, batch_size=4, device="cpu", checkpoint=path, resume=True)
     assert path.read_bytes() == before
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_a_training_says_what_it_was(tmp_path):
+    """Seconds are those of the steps: what the callback takes, awake or asleep, is not counted."""
+
+    def slow(model, epoch):
+        until = time.process_time() + 0.2
+        while time.process_time() < until:
+            pass
+        time.sleep(0.2)
+
+    model, path = Net(), tmp_path / "state.pt"
+    model.idle = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+    start = time.perf_counter()
+    first = fit(model, rows(), epochs=2, checkpoint=path, callback=slow, **OPTIONS)
+    whole = time.perf_counter() - start
+    batch = OPTIONS["batch_size"]
+    steps = 22 // batch
+    assert first.rows == 2 * steps * batch and len(first.history["total"]) == 2 * steps
+    assert first.parameters == sum(p.numel() for p in model.parameters()) - 5
+    assert 0 < first.seconds < whole - 0.8 and 0 < first.processor_seconds < whole - 0.8
+    again = fit(Net(), rows(), epochs=3, checkpoint=tmp_path / "other.pt", **OPTIONS)
+    assert again.rows == 3 * steps * batch
+    model = Net()
+    model.idle = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+    resumed = fit(model, rows(), epochs=3, checkpoint=path, resume=True, **OPTIONS)
+    assert resumed.rows == steps * batch and len(resumed.history["total"]) == 3 * steps
+
+
+def test_players_that_share_parameters_train_each_number_once():
+    training = fit(Game(), rows(60, dtype=torch.float64), epochs=1, **OPTIONS)
+    assert training.parameters == sum(p.numel() for p in Game().parameters())

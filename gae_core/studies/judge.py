@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from gae_core import data, metrics, records, train
+from gae_core.seeds import fresh, seed_of
 
 LR = 2e-3
 
@@ -78,7 +79,7 @@ def _epochs(images: data.Images) -> int:
 
 def _file(images: data.Images, seed: int) -> Path:
     """Where the weights are: the name has a digest of what they depend on, so that a part of a data set has its own."""
-    digest = hashlib.sha256(json.dumps([_epochs(images), LR]).encode())
+    digest = hashlib.sha256(json.dumps([_epochs(images), LR, seed_of(seed, "weights")]).encode())
     for values in (images.x_train, images.y_train):
         digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.cpu().contiguous().numpy())
@@ -103,8 +104,7 @@ def classifier(images: data.Images, *, seed: int = 0) -> Classifier:
         ValueError: if what is kept there is damaged, with its name.
     """
     path = _file(images, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with fresh(seed):
         model = Classifier(images.shape, int(images.y_train.max()) + 1).eval()
     if path.exists() and about(images, seed=seed):
         try:
