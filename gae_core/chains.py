@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -132,8 +133,74 @@ def mala(
     return _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, adjust=True, target=target_acceptance)
 
 
+class State(NamedTuple):
+    """Of all chains: where they are, (chains, dim), their energies, (chains,), and the gradients, (chains, dim)."""
+
+    z: Tensor
+    u: Tensor
+    g: Tensor
+
+
+def ula_step(state: State, evaluate: Callable, eps: Tensor, xi: Tensor) -> State:
+    """One step of ``def-latent_mcmc-ula`` with noise xi; ``evaluate`` gives energies and gradients."""
+    z = state.z - 0.5 * eps * state.g + eps.sqrt() * xi
+    return State(z, *evaluate(z))
+
+
+def mala_step(
+    state: State, evaluate: Callable, eps: Tensor, xi: Tensor, uniform: Tensor
+) -> tuple[State, Tensor, Tensor]:
+    """The same, accepted where ``uniform`` is below alpha of ``eq-latent_mcmc-ratio``; which were, and log alpha."""
+    proposal = ula_step(state, evaluate, eps, xi)
+    back = (state.z - proposal.z + 0.5 * eps * proposal.g).square().sum(1)
+    log_alpha = state.u - proposal.u + 0.5 * xi.square().sum(1) - back / (2 * eps)
+    log_alpha = torch.where(proposal.u == math.inf, -math.inf, log_alpha)
+    accept = uniform.log() < log_alpha
+    z, g = (torch.where(accept[:, None], new, old) for new, old in ((proposal.z, state.z), (proposal.g, state.g)))
+    return State(z, torch.where(accept, proposal.u, state.u), g), accept, log_alpha
+
+
 @torch.no_grad()
 def _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, *, adjust, target) -> Chains:
+    """Draw the noise, make the steps, choose their size in the warm-up, and keep what is asked for."""
+    _check_run(z0, step_size, n_steps, warmup, thin)
+    source = z0.device if generator is None else generator.device
+    step = 0
+
+    def noise(draw: Callable, *shape: int) -> Tensor:
+        return draw(shape, generator=generator, device=source, dtype=z0.dtype).to(z0.device)
+
+    def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
+        if not adjust and step:
+            _check_limit(z, limit, step)
+        return _value_and_gradient(energy, z, step, infinite=adjust and step > 0)
+
+    state = State(z0.detach().clone(), *evaluate(z0))
+    eps = torch.as_tensor(step_size, dtype=z0.dtype, device=z0.device)
+    log_eps, mean_log_eps = eps.log(), torch.zeros_like(eps)
+    tail = max(1, warmup // 2)  # the fixed step is the geometric mean over this many last steps of the warm-up
+    samples = z0.new_empty(n_steps // thin, *z0.shape)
+    energies, accepted = state.u.new_empty(n_steps // thin, len(z0)), state.u.new_zeros(len(z0))
+    for step in range(1, warmup + n_steps + 1):
+        xi, counted = noise(torch.randn, *z0.shape), step - warmup
+        if not adjust:
+            state = ula_step(state, evaluate, eps, xi)
+        else:
+            state, accept, log_alpha = mala_step(state, evaluate, eps, xi, noise(torch.rand, len(z0)))
+            _check_limit(state.z, limit, step)
+            if counted > 0:
+                accepted += accept
+            elif target is not None:
+                log_eps += step**-0.6 / (target * (1 - target)) * (log_alpha.clamp(max=0).exp().mean() - target)
+                mean_log_eps += log_eps / tail if counted > -tail else 0
+                eps = (mean_log_eps if counted == 0 else log_eps).exp()
+        if counted > 0 and counted % thin == 0:
+            samples[counted // thin - 1], energies[counted // thin - 1] = state.z, state.u
+    return Chains(samples, energies, accepted / n_steps if adjust else torch.ones_like(state.u), float(eps))
+
+
+def _check_run(z0: Tensor, step_size: float, n_steps: int, warmup: int, thin: int) -> None:
+    """Raise a ValueError for numbers that make no sense, or a start of another shape."""
     if not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a positive number, got {step_size}")
     whole = all(isinstance(count, Integral) for count in (n_steps, thin, warmup))
@@ -146,40 +213,6 @@ def _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, *, adju
         raise ValueError(f"z0 must be floating point of shape (chains, dim), got {tuple(z0.shape)} of {z0.dtype}")
     if not torch.isfinite(z0).all():
         raise ValueError("z0 must be finite, got NaN or infinite entries")
-    source = z0.device if generator is None else generator.device
-    z = z0.detach().clone()
-    u, g = _value_and_gradient(energy, z, 0, infinite=False)
-    eps = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
-    log_eps, mean_log_eps = eps.log(), torch.zeros_like(eps)
-    tail = max(1, warmup // 2)  # the fixed step is the geometric mean over this many last steps of the warm-up
-    samples = z.new_empty(n_steps // thin, *z.shape)
-    energies, accepted = u.new_empty(n_steps // thin, len(z)), u.new_zeros(len(z))
-    for step in range(1 - warmup, n_steps + 1):
-        xi = torch.randn(z.shape, generator=generator, device=source, dtype=z.dtype).to(z.device)
-        proposal = z - 0.5 * eps * g + eps.sqrt() * xi
-        if not adjust:
-            _check_limit(proposal, limit, step + warmup)
-            z, (u, g) = proposal, _value_and_gradient(energy, proposal, step + warmup, infinite=False)
-        else:
-            u1, g1 = _value_and_gradient(energy, proposal, step + warmup, infinite=True)
-            back = (z - proposal + 0.5 * eps * g1).square().sum(1)
-            log_alpha = u - u1 + 0.5 * xi.square().sum(1) - back / (2 * eps)
-            log_alpha = torch.where(u1 == math.inf, -math.inf, log_alpha)
-            uniform = torch.rand(len(z), generator=generator, device=source, dtype=z.dtype).to(z.device)
-            accept = uniform.log() < log_alpha
-            z, g = torch.where(accept[:, None], proposal, z), torch.where(accept[:, None], g1, g)
-            u = torch.where(accept, u1, u)
-            _check_limit(z, limit, step + warmup)
-            if step > 0:
-                accepted += accept
-            elif target is not None:
-                gain = (step + warmup) ** -0.6 / (target * (1 - target))
-                log_eps += gain * (log_alpha.clamp(max=0).exp().mean() - target)
-                mean_log_eps += log_eps / tail if step > -tail else 0
-                eps = (mean_log_eps if step == 0 else log_eps).exp()
-        if step > 0 and step % thin == 0:
-            samples[step // thin - 1], energies[step // thin - 1] = z, u
-    return Chains(samples, energies, accepted / n_steps if adjust else torch.ones_like(u), float(eps))
 
 
 def _value_and_gradient(energy: Energy, z: Tensor, step: int, *, infinite: bool) -> tuple[Tensor, Tensor]:
