@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -166,7 +165,7 @@ class EncoderInformation:
     """How the divergence in a VAE's loss splits: kl = mutual_information + kl_aggregate, ``eq-vae-split``.
 
     Attributes:
-        kl: mean of KL(q(z | x) || p(z)) over the data, in closed form for N(0, I).
+        kl: mean of KL(q(z | x) || p(z)) over the data, in closed form unless given.
         mutual_information: I(x; z) under q, by one or more z for each x.
         kl_aggregate: KL(q(z) || p(z)) of the aggregate posterior q(z), the mean of q(z | x) over the data.
         cap: ln N, which ``mutual_information`` cannot exceed. A value near it says "at least", and ``kl_aggregate``
@@ -184,7 +183,7 @@ def encoder_information(
     mu: Tensor,
     logvar: Tensor,
     *,
-    log_prior: Callable[[Tensor], Tensor] | None = None,
+    kl: Tensor | None = None,
     samples: int = 1,
     chunk_size: int = 1000,
     generator: Generator | None = None,
@@ -201,7 +200,7 @@ def encoder_information(
     Args:
         mu: means of q(z | x) for each x, (N >= 2, d).
         logvar: logarithms of the variances, (N, d).
-        log_prior: logarithms of p(z) for codes (N, d), a model's ``log_prior``; None is N(0, I).
+        kl: divergence of each q(z | x) from a prior other than N(0, I), (N,), such as a model's loss has.
         samples: z drawn for each x.
         chunk_size: rows of the N x N matrix at a time.
         generator: source of the noise, on any device.
@@ -221,25 +220,24 @@ def encoder_information(
             f"logvar must be in [-600, 600], where its exponentials are finite, got {float(logvar.min()):g} to "
             f"{float(logvar.max()):g}: such a posterior is a point, or none"
         )
-    kind, mu, logvar = mu.dtype, mu.double(), logvar.double()
+    if kl is not None and (kl.shape != mu.shape[:1] or not kl.isfinite().all()):
+        wrong = int((~kl.isfinite()).sum())
+        raise ValueError(f"kl must be finite, of shape ({len(mu)},), got shape {tuple(kl.shape)}, {wrong} not finite")
+    mu, logvar = mu.double(), logvar.double()
     n, d = mu.shape
     precision = (-logvar).exp()
     natural = torch.cat([mu * precision, -0.5 * precision], 1)  # of the Gaussians, for z and its square
     log_norm = -0.5 * (logvar.sum(1) + d * math.log(2 * math.pi) + (mu.square() * precision).sum(1))  # (N,)
     own = torch.arange(n, device=mu.device)
     device = mu.device if generator is None else generator.device
-    gains, log_p = [], []
+    gains = []
     for _ in range(samples):
         eps = torch.randn(n, d, generator=generator, device=device, dtype=torch.float64).to(mu.device)
         z = mu + (0.5 * logvar).exp() * eps
-        log_p += [] if log_prior is None else [log_prior(z.to(kind)).double()]
         for rows, points in zip(own.split(chunk_size), z.split(chunk_size), strict=True):
             log_q = torch.addmm(log_norm, torch.cat([points, points.square()], 1), natural.T)  # (chunk, N)
             gains.append(log_q.gather(1, rows[:, None])[:, 0] - log_q.logsumexp(1) + math.log(n))
-    if log_prior is None:
-        kl = float(kl_to_standard_normal(mu, logvar).mean())
-    else:  # E log q in closed form, E log p on the same draws
-        kl = -0.5 * float(logvar.sum(1).mean() + d * math.log(2 * math.pi * math.e)) - float(torch.cat(log_p).mean())
+    kl = float((kl_to_standard_normal(mu, logvar) if kl is None else kl.double()).mean())
     information = float(torch.cat(gains).mean())
     return EncoderInformation(kl, information, kl_aggregate=kl - information, cap=math.log(n))
 

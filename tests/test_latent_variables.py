@@ -233,21 +233,19 @@ def test_training_a_prior_finds_what_a_linear_gaussian_model_cannot():
 def test_the_information_of_an_encoder_under_another_prior_splits_by_quadrature():
     mu, logvar = torch.tensor([[-2.0], [0.3], [1.5]]), torch.tensor([[-1.0], [0.2], [-2.0]])
     model = learned()
-    prior = lambda z: model.log_prior(z).detach()  # noqa: E731
+    log_prior = model.log_prior(GRID[:, None]).detach()
     each = Normal(mu, (0.5 * logvar).exp()).log_prob(GRID)  # (3, grid)
-    mixture, log_prior, step = each.logsumexp(0) - math.log(3), prior(GRID[:, None]), float(GRID[1] - GRID[0])
-    kl = float((each.exp() * (each - log_prior)).sum(1).mean()) * step
+    mixture, step = each.logsumexp(0) - math.log(3), float(GRID[1] - GRID[0])
+    kl = (each.exp() * (each - log_prior)).sum(1) * step
     aggregate = float((mixture.exp() * (mixture - log_prior)).sum()) * step
-    found = [encoder_information(mu, logvar, log_prior=prior, samples=50, generator=seeded(s)) for s in range(100)]
-    standard = encoder_information(mu, logvar, samples=50, generator=seeded(0))
-    assert found[0].mutual_information == standard.mutual_information
-    assert_z([f.kl for f in found], kl)
+    found = [encoder_information(mu, logvar, kl=kl, samples=50, generator=seeded(s)) for s in range(100)]
+    assert found[0].kl == pytest.approx(float(kl.mean()))
     assert_z([f.kl_aggregate for f in found], aggregate)
-    assert abs(standard.kl - kl) > 0.3
-    single = encoder_information(
-        mu.float(), logvar.float(), log_prior=lambda z: model.float().log_prior(z), generator=seeded()
-    )
-    assert math.isfinite(single.kl), "the prior sees codes in the precision of the posterior"
+    standard = encoder_information(mu, logvar, samples=50, generator=seeded(0))
+    assert found[0].mutual_information == standard.mutual_information and abs(standard.kl - found[0].kl) > 0.3
+    for wrong in (kl[:, None], kl[:2], kl * math.nan):
+        with pytest.raises(ValueError, match=r"kl must be finite, of shape \(3,\), got shape"):
+            encoder_information(mu, logvar, kl=wrong)
 
 
 # --- likelihoods as objects ---

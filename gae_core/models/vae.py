@@ -206,17 +206,14 @@ class LatentVariableModel(Autoencoder):
         return IWAELoss(math.log(samples) - log_weights.logsumexp(1), -log_weights.mean(1))
 
     def log_weights(self, x: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
-        r"""Logarithms of importance weights :math:`p(x|z,y)\,p(z|y)\,/\,q(z|x,y)`; their mean estimates p(x | y).
+        r"""Logarithms of importance weights :math:`p(x|z,y)\,p(z|y)\,/\,q(z|x,y)`, (batch, samples).
 
-        Implements ``def-vae-weights``, and ``eq-cvae-importance`` for draws from q.
+        Their mean estimates p(x | y). Implements ``def-vae-weights``, and ``eq-cvae-importance`` for draws from q.
 
         Args:
             x: data, (batch, ...); for a Bernoulli likelihood all entries 0 or 1.
             eps: standard normal noise, (batch, samples, dim), from which z is made.
             y: condition of each x.
-
-        Returns:
-            Logarithms, (batch, samples).
 
         Raises:
             ValueError: if ``x`` has no Bernoulli likelihood.
