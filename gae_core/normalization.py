@@ -95,7 +95,11 @@ class _Sum(torch.autograd.Function):
 
 
 class _Norm(nn.Module):
-    """What norms of a posterior's parameters share: ``forward(mu, raw)`` gives means and logarithms of variances."""
+    """What norms of a posterior's parameters share.
+
+    ``forward(mu, raw)`` gives means and logarithms of variances, and ``floor()`` a lower bound of their divergence from
+    N(0, I), in nats and but for eps.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -144,6 +148,11 @@ class FixedScaleBatchNorm(_Norm):
         self._check(mu, raw)
         return self.gamma * self.norm(mu) + self.beta, raw
 
+    @torch.no_grad()
+    def floor(self) -> float:
+        r"""Of a batch's mean: :math:`\tfrac12\sum_j(\gamma^2 + \beta_j^2)`, ``eq-bn_vae-bound``."""
+        return 0.5 * (self.dim * self.gamma**2 + float(self.beta.square().sum()))
+
 
 class FixedScaleLayerNorm(_Norm):
     r"""Layer norm on the means of a posterior: each x by itself gets means with mean 0 and variance gamma² over j.
@@ -172,6 +181,10 @@ class FixedScaleLayerNorm(_Norm):
         """Means and logarithms of variances, each (batch, dim)."""
         self._check(mu, raw)
         return self.gamma * F.layer_norm(mu, (self.dim,), eps=self.eps), raw
+
+    def floor(self) -> float:
+        r"""Of every single x: :math:`\tfrac d2\gamma^2`, ``eq-bn_vae-layer-bound``."""
+        return 0.5 * self.dim * self.gamma**2
 
 
 class CoupledBatchNorm(_Norm):
@@ -211,7 +224,7 @@ class CoupledBatchNorm(_Norm):
             raise ValueError(f"tau must be between 0 and 1, both excluded, got {tau}")
         if not 0 < floor < math.inf:
             raise ValueError(f"floor must be a positive number, got {floor}")
-        self.tau, self.floor = tau, floor
+        self.tau, self.least_variance = tau, floor
         self.norm_mu, self.norm_sigma = CodeBatchNorm(dim, eps=eps), CodeBatchNorm(dim, eps=eps)
         self.theta = nn.Parameter(torch.zeros(dim))
 
@@ -223,8 +236,13 @@ class CoupledBatchNorm(_Norm):
         """Means and logarithms of variances, each (batch, dim)."""
         self._check(mu, raw)
         share_mu, share_sigma = self.squared_scales()
-        variance = share_sigma * self.norm_sigma(raw).square() + self.floor
+        variance = share_sigma * self.norm_sigma(raw).square() + self.least_variance
         return share_mu.sqrt() * self.norm_mu(mu), variance.log()
+
+    @torch.no_grad()
+    def floor(self) -> float:
+        r"""Of a batch's mean: :math:`-\tfrac12\sum_j\log\gamma_{\sigma,j}^2`, ``eq-bn_vae-coupled-bound``."""
+        return -0.5 * float(self.squared_scales()[1].log().sum())
 
 
 def _positive(gamma: float) -> float:

@@ -169,8 +169,8 @@ def fit(model, rows=ROWS):
 class Watched(VAE):
     """A VAE that notes the median of sigma at each step."""
 
-    def posterior(self, x):
-        mu, logvar = super().posterior(x)
+    def posterior(self, x, y=None):
+        mu, logvar = super().posterior(x, y)
         if self.training:
             self.medians.append(((0.5 * logvar).exp().median() / mu.std()).item())
         return mu, logvar

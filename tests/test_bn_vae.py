@@ -637,15 +637,6 @@ def test_images_with_colours_and_a_negative_reach_are_refused(shape, reach):
 # --- the study ---
 
 
-def test_floors_of_the_study_are_those_of_the_chapter():
-    assert study.floor(None) == 0
-    assert study.floor(FixedScaleLayerNorm(4, 0.5)) == pytest.approx(0.5)
-    fixed = FixedScaleBatchNorm(4, 0.5)
-    nn.init.constant_(fixed.beta, 2.0)
-    assert study.floor(fixed) == pytest.approx(0.5 + 8)
-    assert study.floor(CoupledBatchNorm(4, 0.5)) == pytest.approx(4 * math.log(2))  # theta = 0: share 1/4
-
-
 def test_the_gain_is_what_other_codes_cost():
     m = model().eval()
     assert study.gain(m, images(200)) != 0

@@ -83,9 +83,10 @@ def test_a_prior_that_sees_the_label_is_no_other_model():
 
     moved = CVAE(Moved(model.encoder, False), Moved(model.decoder, True), 2, classes=3).double()
     x, eps = binary(), torch.randn(6, 40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for proposal in ("posterior", "prior"):
-        pair = [m.log_weights(x, eps, y, proposal=proposal) for m in (with_prior, moved)]
-        torch.testing.assert_close(*pair)
+    torch.testing.assert_close(*(m.log_weights(x, eps, y) for m in (with_prior, moved)))
+    (m, s), z = (v[:, None] for v in with_prior.prior(y, x)), eps  # draws from either prior
+    joint = [with_prior.log_joint(x, m + (0.5 * s).exp() * z, y) + 0.5 * s.sum(-1), moved.log_joint(x, z, y)]
+    torch.testing.assert_close(*joint)
     losses = [m.loss(x, y, generator=torch.Generator().manual_seed(3)).total for m in (with_prior, moved)]
     torch.testing.assert_close(*losses)
     assert (model.loss(x, y, generator=torch.Generator().manual_seed(3)).total - losses[0]).abs().max() > 0.1
@@ -181,8 +182,10 @@ def test_both_kinds_of_weights_have_the_mean_of_the_likelihood():
         likelihood = model.decoder(grid, h).sigmoid()[:, 0]
         density = (-0.5 * grid[:, 0] ** 2).exp() / math.sqrt(2 * math.pi)
         exact = float(torch.trapezoid(likelihood * density, grid[:, 0]))
-        for proposal in ("posterior", "prior"):  # the expectation over eps, by the same rule
-            weights = model.log_weights(x, grid[None], y, proposal=proposal).exp()[0]
+        of_posterior = model.log_weights(x, grid[None], y)[0]
+        of_prior = (model.log_joint(x, grid[None], y) - model.log_prior(grid[None], y))[0]
+        for log_weights in (of_posterior, of_prior):  # the expectation over the noise, by the same rule
+            weights = log_weights.exp()
             assert float(torch.trapezoid(weights * density, grid[:, 0])) == pytest.approx(exact, abs=1e-9)
 
 
@@ -251,8 +254,6 @@ def test_a_conditional_likelihood_by_importance_weights():
     assert few.mean() > exact.mean() - 0.2
     with pytest.raises(ValueError, match="y must have one row"):
         importance_weighted_nll(model, x, y[:3])
-    with pytest.raises(ValueError, match="proposal must be"):
-        model.log_weights(x, torch.randn(6, 2, 2, dtype=torch.float64), y, proposal="uniform")
 
 
 @pytest.mark.parametrize(

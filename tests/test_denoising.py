@@ -741,7 +741,7 @@ def test_images_of_another_shape_or_range_are_refused():
     with pytest.raises(ValueError, match=message):
         small(**noisy).score(x, 0.5)
     for bad in (2 * x[:, None] - 1, 255 * x[:, None], x[:, None] * math.nan):
-        with pytest.raises(ValueError, match=r"x must be in \[0, 1\] for the Bernoulli likelihood, got values from"):
+        with pytest.raises(ValueError, match=r"x must be in \[0, 1\] for the Bernoulli likelihood, got (-?\d|nan)"):
             small().loss(bad)
         if bad.isfinite().all():
             assert small(**noisy).loss(bad).total.shape == (5,)

@@ -22,6 +22,7 @@ from torch import nn
 from gae_core import data, metrics, records
 from gae_core.densities import GaussianMixture, fit_gaussian_mixture
 from gae_core.gaussian import standard_normal_log_prob
+from gae_core.models.likelihoods import NAMES
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
 from gae_core.records import less
 from gae_core.studies import family
@@ -702,10 +703,12 @@ def test_records_say_what_members_were_made_with(monkeypatch):
                 x = torch.zeros(10_000, 1)
                 noise = model.corruption(x, generator=torch.Generator().manual_seed(0))
                 assert float(noise.std()) == pytest.approx(value, rel=0.05)
+            elif key == "likelihood":
+                assert type(model.likelihood) is NAMES[value]
             elif key == "sigma" and name in ("vae", "iwae", "bn_vae", "cvae"):
-                assert value is None and isinstance(model.log_sigma, nn.Parameter)
-            elif key == "sigma" and name == "vae_fixed":
-                assert model.log_sigma.exp().item() == pytest.approx(value)
+                assert value is None and isinstance(model.likelihood.log_sigma, nn.Parameter)
+            elif key == "sigma" and name in ("vae_fixed", "denoising"):
+                assert model.likelihood.log_sigma.exp().item() == pytest.approx(value)
             else:
                 assert getattr(model, key) == value, (name, key)
         assert ("gamma" in told["options"]) == (getattr(model, "norm", None) is not None)

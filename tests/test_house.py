@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gae_core.studies.family_map import MAP
 
 from gae_core.studies import registry
-from gae_core.studies.family_map import MAP
 
 ROOT = Path(__file__).parents[1]
 PART_OF = {"local_linear": "gae", "text_vae": "bn_vae_text"}  # models of another one's chapter

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from gae_core.gaussian import kl_to_standard_normal
 from gae_core.normalization import CodeBatchNorm, CoupledBatchNorm, FixedScaleBatchNorm, FixedScaleLayerNorm
 
 TINY = 1e-300  # torch wants eps > 0; this one is lost in any variance
@@ -314,3 +315,22 @@ def test_dimensions_that_cannot_be_are_named():
         FixedScaleBatchNorm(0, 0.5)
     with pytest.raises(ValueError, match="dim must be at least 2, got 1"):
         FixedScaleLayerNorm(1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "floor", "raw"),
+    [
+        (FixedScaleBatchNorm(4, 0.5), 0.5 + 8, torch.zeros(20, 4)),
+        (FixedScaleLayerNorm(4, 0.5), 0.5, torch.zeros(20, 4)),
+        (CoupledBatchNorm(4, 0.5), 4 * math.log(2), torch.tensor([1.0, -1.0]).repeat(10)[:, None].repeat(1, 4)),
+    ],
+    ids=["fixed", "layer", "coupled"],
+)
+def test_floors_are_those_of_the_chapter_and_are_attained_with_the_cheapest_deviations_alone(norm, floor, raw):
+    """The cheapest: 1 where they are free; of two signs and one size where they are normalised."""
+    if isinstance(norm, FixedScaleBatchNorm):
+        torch.nn.init.constant_(norm.beta, 2.0)
+    norm, mu, raw = norm.double(), 100 * sample(20, 4), raw.double()
+    assert norm.floor() == pytest.approx(floor)  # of the coupled norm with theta = 0: a share of 1/4
+    assert kl_to_standard_normal(*norm(mu, raw)).mean().item() == pytest.approx(floor, rel=1e-4)  # eps and floor
+    assert kl_to_standard_normal(*norm(mu, raw + 0.3 * sample(20, 4, 1))).mean() > 1.001 * floor

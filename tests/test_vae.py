@@ -254,11 +254,11 @@ def test_a_mixture_misses_a_posterior_that_all_its_parts_are_too_wide_or_too_nar
             zeros = torch.zeros(len(like), self.dim)
             return zeros, zeros
 
-        def posterior(self, x):
+        def posterior(self, x, y):
             mu = torch.zeros(len(x), self.dim)
             return mu, torch.full_like(mu, 2 * math.log(self.width * self.narrow))
 
-        def log_joint(self, x, z):
+        def log_joint(self, x, z, y):
             return standard_normal_log_prob(z / self.width) - self.dim * math.log(self.width)
 
     def excess(width, narrow):
@@ -432,13 +432,15 @@ def test_encode_decode_forward_and_sample_give_means():
 
 def test_sigma_is_a_parameter_only_where_it_is_learned_and_its_optimum_is_the_root_mean_square_residual():
     fixed, _ = linear_gaussian()
-    assert "log_sigma" in fixed.state_dict() and "log_sigma" not in dict(fixed.named_parameters())
+    name = "likelihood.log_sigma"
+    assert name in fixed.state_dict() and name not in dict(fixed.named_parameters())
     learned = VAE(fixed.encoder, fixed.decoder, DIM, likelihood="gaussian", sigma=None)
-    assert learned.log_sigma.item() == 0
+    log_sigma = dict(learned.named_parameters())[name]
+    assert log_sigma.item() == 0
     x, z = torch.randn(30, PIXELS), torch.randn(30, DIM)
     with torch.no_grad():
-        learned.log_sigma.copy_((x - learned.decode(z)).square().mean().log() / 2)
-    (gradient,) = torch.autograd.grad(learned.log_likelihood(x, z).sum(), learned.log_sigma)
+        log_sigma.copy_((x - learned.decode(z)).square().mean().log() / 2)
+    (gradient,) = torch.autograd.grad(learned.log_likelihood(x, z).sum(), log_sigma)
     assert abs(float(gradient)) < 1e-10
 
 
@@ -1152,7 +1154,7 @@ def test_images_are_binarised_anew_at_each_call_by_the_generator():
     encoder, decoder = nets.mlp_pair((1, 2, 2), 1, hidden=(8,), heads=2, output=nn.Identity)
     model, grey = VAE(encoder, decoder, 1, binarise=True), torch.rand(4, 1, 2, 2)
     noise = seeded()
-    drawn = torch.stack([model._binarised(grey, noise) for _ in range(4000)])
+    drawn = torch.stack([model._observed(grey, noise) for _ in range(4000)])
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     for pixel, mean in zip(drawn.flatten(1).T, grey.flatten(), strict=True):
         assert_z(pixel, float(mean))

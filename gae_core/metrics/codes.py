@@ -118,7 +118,7 @@ class EncoderInformation:
     """How the divergence in a VAE's loss splits: kl = mutual_information + kl_aggregate, ``eq-vae-split``.
 
     Attributes:
-        kl: mean of KL(q(z | x) || p(z)) over the data, in closed form.
+        kl: mean of KL(q(z | x) || p(z)) over the data, in closed form unless given.
         mutual_information: I(x; z) under q, by one or more z for each x.
         kl_aggregate: KL(q(z) || p(z)) of the aggregate posterior q(z), the mean of q(z | x) over the data.
         cap: ln N, which ``mutual_information`` cannot exceed. A value near it says "at least", and ``kl_aggregate``
@@ -133,9 +133,15 @@ class EncoderInformation:
 
 @torch.no_grad()
 def encoder_information(
-    mu: Tensor, logvar: Tensor, *, samples: int = 1, chunk_size: int = 1000, generator: Generator | None = None
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    kl: Tensor | None = None,
+    samples: int = 1,
+    chunk_size: int = 1000,
+    generator: Generator | None = None,
 ) -> EncoderInformation:
-    r"""Mutual information of data and code, and divergence of the aggregate posterior from N(0, I).
+    r"""Mutual information of data and code, and divergence of the aggregate posterior from the prior.
 
     .. math:: \hat I = \frac1N \sum_n \log\frac{q(z_n|x_n)}{\frac1N\sum_m q(z_n|x_m)}, \qquad z_n \sim q(z|x_n)
 
@@ -147,6 +153,7 @@ def encoder_information(
     Args:
         mu: means of q(z | x) for each x, (N >= 2, d).
         logvar: logarithms of the variances, (N, d).
+        kl: divergence of each q(z | x) from a prior other than N(0, I), (N,), such as a model's loss has.
         samples: z drawn for each x.
         chunk_size: rows of the N x N matrix at a time.
         generator: source of the noise, on any device.
@@ -166,6 +173,9 @@ def encoder_information(
             f"logvar must be in [-600, 600], where its exponentials are finite, got {float(logvar.min()):g} to "
             f"{float(logvar.max()):g}: such a posterior is a point, or none"
         )
+    if kl is not None and (kl.shape != mu.shape[:1] or not kl.isfinite().all()):
+        wrong = int((~kl.isfinite()).sum())
+        raise ValueError(f"kl must be finite, of shape ({len(mu)},), got shape {tuple(kl.shape)}, {wrong} not finite")
     mu, logvar = mu.double(), logvar.double()
     n, d = mu.shape
     precision = (-logvar).exp()
@@ -180,7 +190,7 @@ def encoder_information(
         for rows, points in zip(own.split(chunk_size), z.split(chunk_size), strict=True):
             log_q = torch.addmm(log_norm, torch.cat([points, points.square()], 1), natural.T)  # (chunk, N)
             gains.append(log_q.gather(1, rows[:, None])[:, 0] - log_q.logsumexp(1) + math.log(n))
-    kl = float(kl_to_standard_normal(mu, logvar).mean())
+    kl = float((kl_to_standard_normal(mu, logvar) if kl is None else kl.double()).mean())
     information = float(torch.cat(gains).mean())
     return EncoderInformation(kl, information, kl_aggregate=kl - information, cap=math.log(n))
 

@@ -60,12 +60,13 @@ def importance_weighted_nll(
     lower bound. With the prior as proposal it is plain Monte Carlo, whose weights are nearly all negligible where z
     decides much (``eq-cvae-prior-excess``). All have the same limit. For beta other than 1 it is still -log p(x).
 
-    With y it is -log p(x | y) of a conditional model, with q(z | x, y) and p(z | y).
+    With y it is -log p(x | y) of a conditional model, with q(z | x, y) and p(z | y). For a prior of another kind p(z)
+    in g is the Gaussian of the model's ``prior``: with the mixture and the posterior all of the above holds but for the
+    bound on the weights.
 
     Args:
-        model: has ``dim``, ``posterior(x)``, ``prior(y, like)`` and ``log_joint(x, z)``, as
-            :class:`gae_core.models.vae.VAE` has; a conditional one takes y in the first and last, as
-            :class:`gae_core.models.cvae.CVAE`; in evaluation mode.
+        model: has ``dim``, ``posterior(x, y)``, ``prior(y, like)`` and ``log_joint(x, z, y)``, as a
+            :class:`gae_core.models.vae.LatentVariableModel` has; in evaluation mode.
         x: data, (n, ...), bytes or floats.
         y: condition of each x, (n, ...), for a conditional model alone.
         samples: S, best a multiple of eight: then both halves have the four proposals in equal parts.
@@ -74,8 +75,9 @@ def importance_weighted_nll(
         generator: source of the noise, on any device.
 
     Raises:
-        ValueError: if there is no x, ``samples`` or ``chunk_size`` is below 1, the proposal is unknown, y has not a
-            row for each x, the model has no likelihood or refuses its input, or an estimate is not finite.
+        ValueError: if there is no x, ``samples`` or ``chunk_size`` is below 1, the proposal is unknown, or the prior
+            where that is no Gaussian, y has not a row for each x, the model has no likelihood or refuses its input, or
+            an estimate is not finite.
     """
     if min(len(x), samples, chunk_size) < 1:
         raise ValueError(
@@ -86,13 +88,15 @@ def importance_weighted_nll(
         raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}, got {proposal!r}")
     if not hasattr(model, "log_joint"):
         raise ValueError(f"model must have log_joint(x, z), as a VAE has, got a {type(model).__name__}")
+    if proposal == "prior" and not getattr(model, "has_gaussian_prior", True):
+        raise ValueError(f'proposal must not be "prior" for a prior that is no Gaussian, got a {type(model).__name__}')
     if y is not None and len(y) != len(x):
         raise ValueError(f"y must have one row for each row of x, got {len(y)} and {len(x)}")
     parameter = next(model.parameters())
     source = parameter.device if generator is None else generator.device
     dtype = x.dtype if x.is_floating_point() else parameter.dtype  # tokens have no noise of their own kind
     size = max(1, chunk_size // samples)
-    conditions = itertools.repeat(()) if y is None else ((part,) for part in y.to(parameter.device).split(size))
+    conditions = itertools.repeat(None) if y is None else y.to(parameter.device).split(size)
     result = []
     for rows, condition in zip(x.split(size), conditions, strict=False):
         rows = to_unit(rows.to(parameter.device))
@@ -114,7 +118,7 @@ def importance_weighted_nll(
             dim=0,
         )
         parts = z.to(dtype).split(chunk_size, dim=1)
-        log_joint = torch.cat([model.log_joint(rows, part, *condition) for part in parts], 1)
+        log_joint = torch.cat([model.log_joint(rows, part, condition) for part in parts], 1)
         result.append((log_joint.double() - log_g).to(x.device))
     log_weights = torch.cat(result)
     nll = math.log(samples) - log_weights.logsumexp(1)
@@ -125,12 +129,12 @@ def importance_weighted_nll(
     return ImportanceWeighted(nll, None if halves is None else (math.log(half) - halves.logsumexp(2)).mean(1))
 
 
-def _proposals(model: nn.Module, x: Tensor, condition: tuple, kind: str) -> tuple[Tensor, Tensor]:
+def _proposals(model: nn.Module, x: Tensor, y: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """Means and standard deviations of the Gaussians that codes are drawn from, each (batch, K, d), in float64."""
-    prior_mean, prior_logvar = (v.double() for v in model.prior(*(condition or (None,)), x))
+    prior_mean, prior_logvar = (v.double() for v in model.prior(y, x))
     if kind == "prior":
         return prior_mean[:, None], (0.5 * prior_logvar[:, None]).exp()
-    mu, logvar = (v.double() for v in model.posterior(x, *condition))
+    mu, logvar = (v.double() for v in model.posterior(x, y))
     sigma, scale = (0.5 * logvar).exp(), (0.5 * prior_logvar).exp()
     if kind == "posterior":
         return mu[:, None], sigma[:, None]

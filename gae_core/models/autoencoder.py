@@ -104,7 +104,11 @@ class Autoencoder(nn.Module):
 
         The plain autoencoder gives no reason why its codes should be distributed so: the chapter shows it fail.
         """
+        return self.decode(self._noise(n, generator))
+
+    def _noise(self, n: int, generator: Generator | None) -> Tensor:
+        """Codes (n, dim) drawn from N(0, I) on the generator's device, for the model on its own."""
         parameter = next(self.parameters())
         device = parameter.device if generator is None else generator.device
-        z = torch.randn(n, self.dim, generator=generator, device=device, dtype=parameter.dtype)
-        return self.decode(z.to(parameter.device))
+        eps = torch.randn(n, self.dim, generator=generator, device=device, dtype=parameter.dtype)
+        return eps.to(parameter.device)

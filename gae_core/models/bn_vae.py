@@ -89,17 +89,19 @@ class AutoregressiveVAE(VAE):
     ) -> None:
         super().__init__(encoder, decoder, dim, beta=beta, norm=norm)
 
-    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+    def log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Logarithms of p(x | z) for each x (batch, 1, height, width) at its z (batch, dim), shape (batch,)."""
-        logits = self.decoder(x, z).to(x.dtype)
-        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+        return self.likelihood.log_prob(x, self.decoder(x, z))
 
     @torch.no_grad()
-    def decode(self, z: Tensor, *, generator: Generator | None = None, shared: bool = False) -> Tensor:
+    def decode(
+        self, z: Tensor, y: Tensor | None = None, *, generator: Generator | None = None, shared: bool = False
+    ) -> Tensor:
         """One image (batch, 1, height, width) drawn from p(x | z) for each code z (batch, dim).
 
         Args:
             z: codes.
+            y: not used.
             generator: source of the uniform numbers, on any device.
             shared: use the same numbers for all codes, so that images differ where codes do.
         """
@@ -111,7 +113,4 @@ class AutoregressiveVAE(VAE):
     @torch.no_grad()
     def sample(self, n: int, y: Tensor | None = None, *, generator: Generator | None = None) -> Tensor:
         """Draw n images: codes from N(0, I), and an image for each."""
-        parameter = next(self.parameters())
-        device = parameter.device if generator is None else generator.device
-        z = torch.randn(n, self.dim, generator=generator, device=device, dtype=parameter.dtype)
-        return self.decode(z.to(parameter.device), generator=generator)
+        return self.decode(self.sample_prior(n, y, generator=generator), generator=generator)

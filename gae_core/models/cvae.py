@@ -11,9 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from gae_core import parallel
-from gae_core.gaussian import kl_to_standard_normal, standard_normal_log_prob
-from gae_core.models.vae import VAE, VAELoss, refuse_outside_unit
+from gae_core.models.likelihoods import Bernoulli
+from gae_core.models.vae import LatentVariableModel
 
 
 class Beside(nn.Module):
@@ -63,7 +62,7 @@ class LinearMean(nn.Module):
         return torch.cat([mean, torch.zeros_like(mean)], 1)
 
 
-class CVAE(VAE):
+class CVAE(LatentVariableModel):
     r"""A VAE of x given y: y goes into the encoder, the decoder and, if asked, the prior.
 
     .. math:: -\log p(x|z,y) + \beta\,\mathrm{KL}\bigl(q(z|x,y)\,\|\,p(z|y)\bigr), \qquad z \sim q(z|x,y)
@@ -77,10 +76,11 @@ class CVAE(VAE):
         dim: dimension of the code.
         classes: number of labels, or None for conditions that are vectors.
         prior: module h (batch, width) -> (batch, 2 * dim), mean and log-variance of p(z | y); None is N(0, I).
-        **options: ``likelihood``, ``beta``, ``sigma``, ``norm`` as for :class:`gae_core.models.vae.VAE`.
+        **options: ``likelihood``, ``beta``, ``sigma``, ``norm``, ``binarise`` as for
+            :class:`gae_core.models.vae.LatentVariableModel`.
 
     Raises:
-        ValueError: as VAE; and when used, if y is missing, of the wrong kind or shape, or out of range.
+        ValueError: as LatentVariableModel; and when used, if y is missing, of the wrong kind or shape, or out of range.
     """
 
     def __init__(
@@ -105,86 +105,23 @@ class CVAE(VAE):
         if self.classes is None:
             if y.ndim != 2 or len(y) != len(like) or not y.is_floating_point():
                 raise ValueError(f"y must be floats of shape ({len(like)}, width), got {y.dtype} {tuple(y.shape)}")
-            return y.to(like.dtype)
+            return y.to(like)
         if y.shape != (len(like),) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise ValueError(f"y must be integer labels of shape ({len(like)},), got {y.dtype} {tuple(y.shape)}")
-        y = y.long()
+        y = y.to(like.device).long()
         if ((y < 0) | (y >= self.classes)).any():
             raise ValueError(f"y must be labels 0 to {self.classes - 1}, got {int(y.min())} to {int(y.max())}")
         return F.one_hot(y, self.classes).to(like.dtype)
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance of q(z | x, y), each (batch, dim)."""
-        return self._posterior_from(self.encoder(x, self.condition(y, x)), x)
+    def _beside(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+        return (self.condition(y, like),)
 
     def prior(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of p(z | y), each (batch, dim); ``like`` as in :meth:`condition`."""
         h = self.condition(y, like)
         if self.prior_network is None:
-            zeros = h.new_zeros(len(h), self.dim)
-            return zeros, zeros
-        parameters = self.prior_network(h).to(h.dtype)
-        if parameters.shape != (len(h), 2 * self.dim):
-            raise ValueError(f"prior must give shape {(len(h), 2 * self.dim)}, got {tuple(parameters.shape)}")
-        mean, logvar = parameters.chunk(2, dim=1)
-        return mean, logvar
-
-    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Means (batch, dim) of q(z | x, y)."""
-        return self.posterior(x, y)[0]
-
-    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Means (batch, ...) of p(x | z, y)."""
-        return self._means(self.decoder(z, self.condition(y, z)))
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Reconstruction of x with its own y."""
-        return self.decode(self.encode(x, y), y)
-
-    def log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Logarithms of p(x | z, y), shape (batch,)."""
-        return self._log_density(x, self.decoder(z, self.condition(y, x)))
-
-    def log_weights(self, x: Tensor, eps: Tensor, y: Tensor | None = None, *, proposal: str = "posterior") -> Tensor:
-        r"""Logarithms of weights whose mean estimates p(x | y), (batch, samples).
-
-        With the posterior as proposal they are :math:`p(x|z,y)\,p(z|y)\,/\,q(z|x,y)`, :math:`z \sim q(z|x,y)`; with the
-        prior, :math:`p(x|z,y)`, :math:`z \sim p(z|y)`. Implements ``eq-cvae-importance``.
-
-        Args:
-            x: data, (batch, ...); for a Bernoulli likelihood all entries 0 or 1.
-            eps: standard normal noise, (batch, samples, dim), from which z is made.
-            y: condition of each x.
-            proposal: "posterior" or "prior".
-
-        Raises:
-            ValueError: if ``x`` has no Bernoulli likelihood, or for another proposal.
-        """
-        if proposal not in ("posterior", "prior"):
-            raise ValueError(f'proposal must be "posterior" or "prior", got {proposal!r}')
-        mu, logvar = (v[:, None] for v in (self.posterior(x, y) if proposal == "posterior" else self.prior(y, x)))
-        log_proposal = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
-        return self.log_joint(x, mu + (0.5 * logvar).exp() * eps, y) - log_proposal
-
-    def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
-        """Loss on a batch with one z for each x, its noise from ``generator``."""
-        x = self._binarised(x, generator)
-        (mu, logvar), (m, s) = self.posterior(x, y), self.prior(y, x)
-        z = mu + (0.5 * logvar).exp() * parallel.randn_like(mu, generator=generator)
-        # The divergence of two Gaussians does not change when both are shifted and scaled so that the prior is N(0, I).
-        kl = kl_to_standard_normal((mu - m) * (-0.5 * s).exp(), logvar - s)
-        reconstruction = -self.log_likelihood(x, z, y)
-        return VAELoss(reconstruction + self.beta * kl, reconstruction, kl)
-
-    @torch.no_grad()
-    def sample(self, n: int, y: Tensor | None = None, *, generator: Generator | None = None) -> Tensor:
-        """Decode n codes drawn from p(z | y), y one condition for each; means, without the noise of p(x | z, y)."""
-        parameter = next(self.parameters())
-        device = parameter.device if generator is None else generator.device
-        eps = torch.randn(n, self.dim, generator=generator, device=device, dtype=parameter.dtype).to(parameter.device)
-        y = None if y is None else y.to(parameter.device)
-        mean, logvar = self.prior(y, eps)
-        return self.decode(mean + (0.5 * logvar).exp() * eps, y)
+            return super().prior(y, h)
+        return self._halves("prior", self.prior_network(h).to(h.dtype), len(h))
 
 
 class LabelPriorVAE(CVAE):
@@ -230,7 +167,7 @@ class FactorisedNet(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.likelihood = network, Bernoulli()
 
     def forward(self, y: Tensor) -> Tensor:
         """Means (batch, ...) of p(x | y)."""
@@ -243,8 +180,8 @@ class FactorisedNet(nn.Module):
         logits = self.network(y)
         if logits.shape != x.shape:
             raise ValueError(f"network must give the shape of x, {tuple(x.shape)}, got {tuple(logits.shape)}")
-        refuse_outside_unit(x)
-        return FactorisedLoss(F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1))
+        self.likelihood.check_range(x)
+        return FactorisedLoss(-self.likelihood.log_prob(x, logits))
 
 
 def quadrant_mask(height: int, width: int, observed: Sequence[str]) -> Tensor:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from gae_core import parallel
 from gae_core.models.autoencoder import Autoencoder, AutoencoderLoss, check_shape
+from gae_core.models.likelihoods import Likelihood, as_likelihood
 
 Corruption = Callable[..., Tensor]
 
@@ -78,7 +78,7 @@ class DenoisingAutoencoder(Autoencoder):
         decoder: module (batch, dim) -> x (batch, ...), logits or means.
         dim: dimension of the code.
         corruption: ``corrupt(x, generator=...)``, for example :func:`salt_and_pepper`.
-        likelihood: "bernoulli" (entries 0 and 1) or "gaussian".
+        likelihood: "bernoulli" (entries 0 and 1), "gaussian", or an object of ``likelihoods``.
         sigma: standard deviation of the Gaussian P(x | corrupted).
         walkback: steps, 1 for none.
 
@@ -94,49 +94,30 @@ class DenoisingAutoencoder(Autoencoder):
         dim: int,
         *,
         corruption: Corruption,
-        likelihood: str = "bernoulli",
+        likelihood: str | Likelihood = "bernoulli",
         sigma: float = 1.0,
         walkback: int = 1,
     ) -> None:
         super().__init__(encoder, decoder, dim)
-        if likelihood not in ("bernoulli", "gaussian"):
-            raise ValueError(f'likelihood must be "bernoulli" or "gaussian", got {likelihood!r}')
         if walkback < 1 or not 0 < sigma < float("inf"):
             raise ValueError(f"walkback must be at least 1 and sigma positive, got walkback={walkback}, sigma={sigma}")
-        self.corruption, self.likelihood, self.sigma, self.walkback = corruption, likelihood, sigma, walkback
+        self.corruption, self.likelihood, self.walkback = corruption, as_likelihood(likelihood, sigma), walkback
 
     def decode(self, z: Tensor) -> Tensor:
         """Means (batch, ...) of P(x | corrupted) for the code of the corrupted x."""
-        output = self.decoder(z)
-        return output.sigmoid() if self.likelihood == "bernoulli" else output
+        return self.likelihood.mean(self.decoder(z))
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> DenoisingLoss:
         """Loss on a batch, its corruption from ``generator``; ``y`` is not used."""
-        if self.likelihood == "bernoulli" and not ((x >= 0) & (x <= 1)).all():
-            raise ValueError(
-                f"x must be in [0, 1] for the Bernoulli likelihood, got values from {float(x.min()):g} to "
-                f"{float(x.max()):g}"
-            )
+        self.likelihood.check_range(x)
         current, terms = x, []
         for step in range(self.walkback):
             output = self.decoder(self.encoder(self.corruption(current, generator=generator)))
             check_shape(x, output)
-            if self.likelihood == "bernoulli":
-                error = F.binary_cross_entropy_with_logits(output, x, reduction="none")
-            else:
-                noise = torch.distributions.Normal(output, self.sigma)
-                error = -noise.log_prob(x)
-            terms.append(error.flatten(1).sum(1))
+            terms.append(-self.likelihood.log_prob(x, output))
             if step + 1 < self.walkback:
-                mean = output.sigmoid() if self.likelihood == "bernoulli" else output
-                current = self._draw(mean.detach(), generator)
+                current = self.likelihood.draw(self.likelihood.mean(output).detach(), generator)
         return DenoisingLoss(torch.stack(terms).mean(0), terms[0])
-
-    def _draw(self, mean: Tensor, generator: Generator | None) -> Tensor:
-        """A sample of P(x | corrupted) with this mean."""
-        if self.likelihood == "bernoulli":
-            return (parallel.rand_like(mean, generator=generator) < mean).to(mean)
-        return mean + self.sigma * parallel.randn_like(mean, generator=generator)
 
     @torch.no_grad()
     def chain(self, x: Tensor, steps: int, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -153,7 +134,7 @@ class DenoisingAutoencoder(Autoencoder):
         means, samples = [], []
         for _ in range(steps):
             means.append(self(self.corruption(x, generator=generator)))
-            x = self._draw(means[-1], generator)
+            x = self.likelihood.draw(means[-1], generator)
             samples.append(x)
         return torch.stack(means), torch.stack(samples)
 

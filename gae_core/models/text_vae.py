@@ -6,27 +6,20 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from gae_core import parallel
-from gae_core.gaussian import kl_to_standard_normal, standard_normal_log_prob
-from gae_core.models.vae import VAELoss
+from gae_core.models.likelihoods import Likelihood
+from gae_core.models.vae import LatentVariableModel, VAELoss
 
 
-def token_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
-    """Logarithms of p(sentence) for tokens x (batch, length) by their logits (batch, length, tokens - 1), (batch,).
+class Tokens(Likelihood):
+    """The words of a sentence, by their logits. Padding, token 0, has no logit and counts nothing."""
 
-    Padding, token 0, has no logit and counts nothing.
-    """
-    logits = _widened(logits)
-    each = F.cross_entropy(logits.flatten(0, 1), x.flatten() - 1, ignore_index=-1, reduction="none")
-    return -each.view(x.shape).sum(1)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Autocast would round likelihoods and divergences: half precision becomes float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """Logarithms of p(sentence), (batch,), for x (batch, length) and logits (batch, length, tokens - 1)."""
+        logits = output.flatten(0, 1).to(torch.promote_types(output.dtype, torch.float32))  # autocast would round them
+        return -F.cross_entropy(logits, x.flatten() - 1, ignore_index=-1, reduction="none").view(x.shape).sum(1)
 
 
-class TextVAE(nn.Module):
+class TextVAE(LatentVariableModel):
     r"""Variational autoencoder of sentences: an LSTM reads x into q(z | x), another speaks x word by word given z.
 
     .. math:: -\sum_t \log p(x_t | x_{<t}, z) + w\,\beta \sum_j K_j, \qquad
@@ -68,14 +61,13 @@ class TextVAE(nn.Module):
         free_bits: float = 0.0,
         encoder_steps: int = 0,
     ) -> None:
-        super().__init__()
         if not min(beta, warmup, free_bits, encoder_steps) >= 0:
             raise ValueError(
                 f"beta, warmup, free_bits and encoder_steps must be at least 0, "
                 f"got {beta}, {warmup}, {free_bits}, {encoder_steps}"
             )
-        self.encoder, self.decoder, self.dim, self.norm = encoder, decoder, dim, norm
-        self.beta, self.warmup, self.free_bits = beta, warmup, free_bits
+        super().__init__(encoder, decoder, dim, likelihood=Tokens(), beta=beta, norm=norm)
+        self.warmup, self.free_bits = warmup, free_bits
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         if encoder_steps:
             inference = [*encoder.parameters(), *([] if norm is None else norm.parameters())]
@@ -85,46 +77,29 @@ class TextVAE(nn.Module):
         """End the phase in which the encoder runs ahead: both networks train at once from here."""
         del self.players
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of q(z | x), each (batch, dim)."""
         if x.ndim != 2 or x.dtype != torch.int64 or not (x != 0).any(1).all():
             raise ValueError(
                 f"x must be int64 tokens (batch, length), none of the sentences empty, got {x.dtype} {tuple(x.shape)}"
             )
-        parameters = _widened(self.encoder(x))
-        if parameters.shape != (len(x), 2 * self.dim):
-            raise ValueError(f"encoder must give shape {(len(x), 2 * self.dim)}, got {tuple(parameters.shape)}")
-        mu, raw = parameters.chunk(2, dim=1)
-        return (mu, raw) if self.norm is None else self.norm(mu, raw)
+        return super().posterior(x, y)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Means (batch, dim) of q(z | x)."""
-        return self.posterior(x)[0]
-
-    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+    def log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Logarithms of p(x | z) for each sentence (batch, length) at its z (batch, dim), shape (batch,)."""
-        return token_log_likelihood(self.decoder(x, z), x)
+        return self.likelihood.log_prob(x, self.decoder(x, z))
 
-    def log_weights(self, x: Tensor, eps: Tensor) -> Tensor:
-        r"""Logarithms of importance weights :math:`p(x|z)\,p(z)\,/\,q(z|x)`, (batch, samples).
+    def _observed(self, x: Tensor, generator: Generator | None) -> Tensor:
+        return x  # tokens are not of the weights' type; posterior looks at them
 
-        Args:
-            x: sentences, (batch, length).
-            eps: standard normal noise, (batch, samples, dim), from which z is made.
-        """
-        mu, logvar = (v[:, None] for v in self.posterior(x))
-        log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
-        return self.log_joint(x, mu + (0.5 * logvar).exp() * eps) - log_q
-
-    def prior(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance of p(z) for each row of ``like``, each (batch, dim); no ``y`` is used."""
-        zeros = torch.zeros(len(like), self.dim, device=like.device)
-        return zeros, zeros
-
-    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        """Logarithms of p(x, z), (batch, samples), for each sentence at its codes z (batch, samples, dim)."""
-        rows = x.repeat_interleave(z.shape[1], dim=0)
-        return self.log_likelihood(rows, z.flatten(0, 1)).view(z.shape[:2]) + standard_normal_log_prob(z)
+    def _charge(self, kl: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        if self.free_bits:
+            kl = self.divergence(mu, logvar).mean(0).clamp(min=self.free_bits).sum().expand(len(kl))
+        if self.warmup:
+            kl = kl * (self.steps / self.warmup).clamp(max=1)
+            if self.training:
+                self.steps += 1
+        return self.beta * kl
 
     def loss(
         self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None, player: str = ""
@@ -133,18 +108,7 @@ class TextVAE(nn.Module):
 
         ``y`` is not used, and ``player`` does not change the loss: both players minimise the same.
         """
-        mu, logvar = self.posterior(x)
-        z = mu + (0.5 * logvar).exp() * parallel.randn_like(mu, generator=generator)
-        reconstruction, kl = -self.log_likelihood(x, z), kl_to_standard_normal(mu, logvar)
-        cost = kl
-        if self.free_bits:
-            each = kl_to_standard_normal(mu[..., None], logvar[..., None])  # (batch, dim)
-            cost = each.mean(0).clamp(min=self.free_bits).sum().expand(len(x))
-        if self.warmup:
-            cost = cost * (self.steps / self.warmup).clamp(max=1)
-            if self.training:
-                self.steps += 1
-        return VAELoss(reconstruction + self.beta * cost, reconstruction, kl)
+        return super().loss(x, y, generator=generator)
 
     @torch.no_grad()
     def decode(
@@ -188,9 +152,7 @@ class TextVAE(nn.Module):
         generator: Generator | None = None,
     ) -> Tensor:
         """Tokens (n, length) of n sentences drawn from the model, code and words; ``y`` is not used."""
-        device = next(self.parameters()).device
-        source = device if generator is None else generator.device
-        z = torch.randn(n, self.dim, generator=generator, device=source).to(device)
+        z = self.sample_prior(n, y, generator=generator)
         return self.decode(z, length, greedy=False, end=end, generator=generator)
 
 
@@ -234,9 +196,9 @@ class CodeReader(nn.Module):
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.likelihood = decoder, Tokens()
 
     def loss(self, x: Tensor, y: Tensor, *, generator: Generator | None = None) -> VAELoss:
         """-log p(x | y) for sentences x (batch, length) and their codes y (batch, dim)."""
-        nll = -token_log_likelihood(self.decoder(x, y), x)
+        nll = -self.likelihood.log_prob(x, self.decoder(x, y))
         return VAELoss(nll, nll, torch.zeros_like(nll))

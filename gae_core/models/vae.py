@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from gae_core import parallel
 from gae_core.gaussian import kl_to_standard_normal, standard_normal_log_prob
 from gae_core.models.autoencoder import Autoencoder
+from gae_core.models.likelihoods import Likelihood, as_likelihood
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class VAELoss:
     Attributes:
         total: reconstruction + beta * kl, what is minimised; for beta = 1 its expectation bounds -log p(x) from above.
         reconstruction: -log p(x | z) at one z drawn from q(z | x), with all its constants.
-        kl: KL(q(z | x) || p(z)), in closed form.
+        kl: KL(q(z | x) || p(z)), in closed form; log q(z | x) - log p(z) at the same z where the prior has none.
     """
 
     total: Tensor
@@ -31,13 +31,17 @@ class VAELoss:
     kl: Tensor
 
 
-def refuse_outside_unit(x: Tensor) -> None:
-    """Raise a ValueError unless all entries are in [0, 1]: outside, the Bernoulli loss falls without end."""
-    if not ((x >= 0) & (x <= 1)).all():
-        raise ValueError(
-            f"x must be in [0, 1] for the Bernoulli likelihood, got {float(x.min()):g} to {float(x.max()):g}: "
-            "gae_core.data.to_unit(x) makes such floats of bytes, and (x + 1) / 2 of images in [-1, 1]"
-        )
+@dataclass(frozen=True)
+class IWAELoss:
+    """Terms of the loss, each of shape (batch,), on the same draws.
+
+    Attributes:
+        total: minus the logarithm of the mean weight, what is minimised; its expectation bounds -log p(x) from above.
+        negative_elbo: minus the mean logarithm of a weight, never below ``total``.
+    """
+
+    total: Tensor
+    negative_elbo: Tensor
 
 
 def _last_layer(network: nn.Module) -> nn.Module:
@@ -51,36 +55,21 @@ def _last_layer(network: nn.Module) -> nn.Module:
     return network
 
 
-class VAE(Autoencoder):
-    r"""Autoencoder with a distribution at either end: :math:`q(z|x)` from the encoder, :math:`p(x|z)` from the decoder.
+class LatentVariableModel(Autoencoder):
+    r"""A code z from p(z | y), a datum x from p(x | z, y), and an encoder's Gaussian q(z | x, y): losses and estimates.
 
-    Its loss is minus ``def-vae-elbo``, at one z for each x and with weight beta on the divergence:
+    .. math:: -\log p(x|z,y) + \beta\,\mathrm{KL}\bigl(q(z|x,y)\,\|\,p(z|y)\bigr), \qquad z \sim q(z|x,y)
 
-    .. math:: -\log p(x|z) + \beta\,\mathrm{KL}\bigl(q(z|x)\,\|\,N(0, I)\bigr), \qquad
-        z = \mu(x) + \sigma(x) \odot \epsilon \sim q(z|x)
-
-    The likelihood is one of
-
-    - ``"bernoulli"``: independent binary entries with the decoder's output as logits. It is a likelihood for entries 0
-      and 1 alone. Grey values train as well, on the cross-entropy that is common for them, but what they give is no
-      -log p(x): the density that it implies does not integrate to 1. Measures of the likelihood refuse them. With
-      ``binarise`` the loss reads them as probabilities and draws an image of zeros and ones anew at every call.
-    - ``"gaussian"``: :math:`N(x; m(z), \sigma^2 I)` with the decoder's output as means m. Its -log p(x|z) is the
-      squared error over :math:`2\sigma^2`, plus :math:`\tfrac12\log 2\pi\sigma^2` an entry.
-
-    ``encode`` gives the mean of q, ``decode`` the mean of p(x | z), and ``sample`` decodes codes drawn from N(0, I) to
-    such means, without the noise of p(x | z).
-
-    A logvar of -100 is an ordinary, nearly deterministic code. At 100 the divergence is finite in float64 and infinite
-    in float32 (from 89 on), where :func:`gae_core.train.fit` stops with an error that names it.
-
-    Source: Kingma and Welling, *Auto-encoding variational Bayes*, ICLR 2014; beta: Higgins et al., ICLR 2017.
+    A subclass replaces the hooks in which it differs: ``posterior``, ``log_likelihood`` and ``decode``; ``prior`` for a
+    Gaussian other than N(0, I); ``log_prior`` and ``sample_prior``, both, for a prior of another kind. The divergence
+    is then estimated at the z of the loss, and importance sampling has the Gaussian of ``prior`` as a proposal still.
+    A model without conditions does not look at y.
 
     Args:
         encoder: module x (batch, ...) -> (batch, 2 * dim), the means beside the logarithms of the variances.
-        decoder: module z (batch, dim) -> x (batch, ...), logits or means.
+        decoder: module z (batch, dim) -> what the likelihood takes: logits or means (batch, ...).
         dim: dimension of the code.
-        likelihood: "bernoulli" or "gaussian".
+        likelihood: "bernoulli", "gaussian", or a :class:`gae_core.models.likelihoods.Likelihood`.
         beta: weight of the divergence.
         sigma: standard deviation of the Gaussian likelihood, the same for all entries; None learns it, from 1.
         norm: module that makes (mu, logvar), each (batch, dim), of the two halves of the encoder's output; None takes
@@ -100,150 +89,188 @@ class VAE(Autoencoder):
         decoder: nn.Module,
         dim: int,
         *,
-        likelihood: str = "bernoulli",
+        likelihood: str | Likelihood = "bernoulli",
         beta: float = 1.0,
         sigma: float | None = 1.0,
         norm: nn.Module | None = None,
         binarise: bool = False,
     ) -> None:
         super().__init__(encoder, decoder, dim)
-        if likelihood not in ("bernoulli", "gaussian"):
-            raise ValueError(f'likelihood must be "bernoulli" or "gaussian", got {likelihood!r}')
+        self.likelihood = as_likelihood(likelihood, sigma)
         if not 0 <= beta < math.inf:
             raise ValueError(f"beta must be at least 0 and finite, got {beta}")
-        if likelihood == "bernoulli" and isinstance(_last_layer(decoder), nn.Sigmoid):
+        if self.likelihood.binary and isinstance(_last_layer(decoder), nn.Sigmoid):
             raise ValueError(
                 "decoder must give logits for the Bernoulli likelihood, got one that ends in a Sigmoid, which would be "
                 "applied twice: output=nn.Identity in gae_core.nets"
             )
-        if likelihood == "bernoulli" and sigma != 1.0:
-            raise ValueError(f"sigma must be left out for a Bernoulli likelihood, which has none, got {sigma}")
-        if sigma is not None and not 0 < sigma < math.inf:
-            raise ValueError(f"sigma must be a positive number, or None to learn it, got {sigma}")
-        if binarise and likelihood != "bernoulli":
+        if binarise and not self.likelihood.binary:
             raise ValueError(f'binarise must be False for the {likelihood} likelihood: only "bernoulli" is of binary x')
-        self.likelihood, self.beta, self.norm, self.binarise = likelihood, beta, norm, binarise
-        if sigma is None:
-            self.log_sigma = nn.Parameter(torch.zeros(()))
-        else:
-            self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
+        self.beta, self.norm, self.binarise = beta, norm, binarise
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance of q(z | x), each (batch, dim), in the precision of x."""
-        return self._posterior_from(self.encoder(x), x)
+    # ---- hooks -------------------------------------------------------------------------------------------------------
 
-    def _posterior_from(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior's parameters from what the encoder gives for x."""
-        parameters = output.to(x.dtype)  # autocast would round the divergence
-        if parameters.shape != (len(x), 2 * self.dim):
-            raise ValueError(f"encoder must give shape {(len(x), 2 * self.dim)}, got {tuple(parameters.shape)}")
-        mu, raw = parameters.chunk(2, dim=1)
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance of q(z | x, y), each (batch, dim), in the precision of x."""
+        output = self.encoder(x, *self._beside(y, x))
+        # Autocast would round the divergence. Tokens have no precision: for them half precision becomes float32.
+        kind = x.dtype if x.is_floating_point() else torch.promote_types(output.dtype, torch.float32)
+        mu, raw = self._halves("encoder", output.to(kind), len(x))
         return (mu, raw) if self.norm is None else self.norm(mu, raw)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Means (batch, dim) of q(z | x)."""
-        return self.posterior(x)[0]
+    def log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Logarithms of p(x | z, y) for each x (batch, ...) at its z (batch, dim), shape (batch,)."""
+        return self.likelihood.log_prob(x, self.decoder(z, *self._beside(y, z)))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Means (batch, ...) of p(x | z)."""
-        return self._means(self.decoder(z))
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Means (batch, ...) of p(x | z, y)."""
+        return self.likelihood.mean(self.decoder(z, *self._beside(y, z)))
 
-    def _means(self, output: Tensor) -> Tensor:
-        """Means of p(x | z) from what the decoder gives."""
-        return output.sigmoid() if self.likelihood == "bernoulli" else output
+    def prior(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance of p(z | y) for each row of ``like``, each (batch, dim)."""
+        zeros = like.new_zeros(len(like), self.dim)
+        return zeros, zeros
 
-    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Logarithms of p(x | z) for each x (batch, ...) at its z (batch, dim), shape (batch,)."""
-        return self._log_density(x, self.decoder(z))
+    def log_prior(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Logarithms of p(z | y), (batch, ...), for codes z (batch, ..., dim), those of a row under the same y."""
+        m, s = (v.view(len(z), *(1,) * (z.ndim - 2), self.dim) for v in self.prior(y, z))
+        return standard_normal_log_prob((z - m) * (-0.5 * s).exp()) - 0.5 * s.sum(-1)
 
-    def _log_density(self, x: Tensor, output: Tensor) -> Tensor:
-        """Logarithms of p(x | z) from what the decoder gives at the z of each x."""
-        output = output.to(x.dtype)
-        if output.shape != x.shape:
-            raise ValueError(f"decoder must give the shape of x, {tuple(x.shape)}, got {tuple(output.shape)}")
-        if self.likelihood == "bernoulli":
-            return -F.binary_cross_entropy_with_logits(output, x, reduction="none").flatten(1).sum(1)
-        residual = ((x - output) / self.log_sigma.exp()).flatten(1)
-        return standard_normal_log_prob(residual) - residual.shape[1] * self.log_sigma
+    def sample_prior(self, n: int, y: Tensor | None = None, *, generator: Generator | None = None) -> Tensor:
+        """Codes (n, dim) drawn from p(z | y), y one condition for each."""
+        if not self.has_gaussian_prior:
+            raise NotImplementedError(f"{type(self).__name__} has its own log_prior and needs its own sample_prior")
+        eps = self._noise(n, generator)
+        mean, logvar = self.prior(y, eps)
+        return mean + (0.5 * logvar).exp() * eps
 
-    def log_weights(self, x: Tensor, eps: Tensor) -> Tensor:
-        r"""Logarithms of importance weights :math:`p(x|z)\,p(z)\,/\,q(z|x)`; the weights' mean estimates p(x).
+    def _beside(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+        """What encoder and decoder are given beside their first input, whose rows and precision are those of like."""
+        return ()
 
-        Implements ``def-vae-weights``.
+    def _observed(self, x: Tensor, generator: Generator | None) -> Tensor:
+        """What the loss sees of x: with ``binarise`` zeros and ones whose means are x, new ones at each call."""
+        self._refuse_type(x)
+        self.likelihood.check_range(x)
+        return self.likelihood.draw(x, generator) if self.binarise else x
+
+    def _charge(self, kl: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        """What the loss charges for the divergence, (batch,)."""
+        return self.beta * kl
+
+    # ---- what follows from them --------------------------------------------------------------------------------------
+
+    @property
+    def has_gaussian_prior(self) -> bool:
+        """Whether p(z | y) is the Gaussian of :meth:`prior`: not if a subclass has another :meth:`log_prior`."""
+        return type(self).log_prior is LatentVariableModel.log_prior
+
+    def divergence(self, mu: Tensor, logvar: Tensor, y: Tensor | None = None) -> Tensor:
+        """KL(q(z | x, y) || p(z | y)) in closed form, by dimension: (batch, dim).
+
+        Raises:
+            ValueError: if the prior is not the Gaussian of :meth:`prior`.
+        """
+        if not self.has_gaussian_prior:
+            raise ValueError(f"model must have a Gaussian prior for the closed form, got a {type(self).__name__}")
+        m, s = self.prior(y, mu)
+        # The divergence of two Gaussians does not change when both are shifted and scaled so that the prior is N(0, I).
+        return kl_to_standard_normal(((mu - m) * (-0.5 * s).exp())[..., None], (logvar - s)[..., None])
+
+    def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
+        """Loss on a batch with one z for each x, its noise from ``generator``."""
+        x = self._observed(x, generator)
+        mu, logvar = self.posterior(x, y)
+        eps = parallel.randn_like(mu, generator=generator)
+        z = mu + (0.5 * logvar).exp() * eps
+        reconstruction = -self.log_likelihood(x, z, y)
+        if self.has_gaussian_prior:
+            kl = self.divergence(mu, logvar, y).sum(1)
+        else:
+            kl = standard_normal_log_prob(eps) - 0.5 * logvar.sum(1) - self.log_prior(z, y)
+        return VAELoss(reconstruction + self._charge(kl, mu, logvar), reconstruction, kl)
+
+    def iwae_loss(
+        self, x: Tensor, y: Tensor | None = None, *, samples: int, generator: Generator | None = None
+    ) -> IWAELoss:
+        """Minus the importance-weighted bound on a batch, with k = ``samples`` draws for each x: see :class:`IWAE`.
+
+        Raises:
+            ValueError: if ``samples`` is below 1, or ``x``, after ``binarise``, has no likelihood.
+        """
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        x = self._observed(x, generator)
+        eps = next(self.parameters()).new_empty(len(x), samples, self.dim)
+        log_weights = self.log_weights(x, parallel.randn_like(eps, generator=generator), y)
+        return IWAELoss(math.log(samples) - log_weights.logsumexp(1), -log_weights.mean(1))
+
+    def log_weights(self, x: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+        r"""Logarithms of importance weights :math:`p(x|z,y)\,p(z|y)\,/\,q(z|x,y)`, (batch, samples).
+
+        Their mean estimates p(x | y). Implements ``def-vae-weights``, and ``eq-cvae-importance`` for draws from q.
 
         Args:
             x: data, (batch, ...); for a Bernoulli likelihood all entries 0 or 1.
             eps: standard normal noise, (batch, samples, dim), from which z is made.
-
-        Returns:
-            Logarithms, (batch, samples).
+            y: condition of each x.
 
         Raises:
             ValueError: if ``x`` has no Bernoulli likelihood.
         """
-        mu, logvar = (v[:, None] for v in self.posterior(x))
+        mu, logvar = (v[:, None] for v in self.posterior(x, y))
         log_q = standard_normal_log_prob(eps) - 0.5 * logvar.sum(-1)
-        return self.log_joint(x, mu + (0.5 * logvar).exp() * eps) - log_q
-
-    def prior(self, y: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance of p(z) for each row of ``like``, each (batch, dim); no ``y`` is used."""
-        zeros = torch.zeros(len(like), self.dim, dtype=like.dtype, device=like.device)
-        return zeros, zeros
+        return self.log_joint(x, mu + (0.5 * logvar).exp() * eps, y) - log_q
 
     def log_joint(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Logarithms of p(x, z), (batch, samples), for each x (batch, ...) at its codes z (batch, samples, dim).
+        """Logarithms of p(x, z | y), (batch, samples), for each x (batch, ...) at its codes z (batch, samples, dim).
 
         Raises:
             ValueError: if ``x`` has no Bernoulli likelihood.
         """
-        self._refuse_grey(x)
-        condition = () if y is None else (y.repeat_interleave(z.shape[1], dim=0),)
-        rows = x.repeat_interleave(z.shape[1], dim=0)
-        log_likelihood = self.log_likelihood(rows, z.flatten(0, 1), *condition).view(z.shape[:2])
-        m, s = (v[:, None] for v in self.prior(y, x))
-        return log_likelihood + standard_normal_log_prob((z - m) * (-0.5 * s).exp()) - 0.5 * s.sum(-1)
+        self.likelihood.check_support(x)
+        rows, given = (None if v is None else v.repeat_interleave(z.shape[1], dim=0) for v in (x, y))
+        return self.log_likelihood(rows, z.flatten(0, 1), given).view(z.shape[:2]) + self.log_prior(z, y)
 
-    def _refuse_grey(self, x: Tensor) -> None:
-        """Raise a ValueError if ``x`` has no likelihood."""
-        if self.likelihood == "bernoulli" and not ((x == 0) | (x == 1)).all():
-            raise ValueError(
-                "x must have entries 0 and 1 alone, got others: grey values have no Bernoulli likelihood; "
-                "binarise them, for example by torch.bernoulli(x, generator=...), and say so beside the figure"
-            )
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Means (batch, dim) of q(z | x, y)."""
+        return self.posterior(x, y)[0]
 
-    def _binarised(self, x: Tensor, generator: Generator | None) -> Tensor:
-        """What the loss sees of x: with ``binarise`` zeros and ones whose means are x, new ones at each call.
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Reconstruction of x from the mean of its code."""
+        return self.decode(self.encode(x, y), y)
 
-        Raises:
-            ValueError: if x is of another type than the weights, or outside of [0, 1] where it may not be.
-        """
-        self._refuse_type(x)
-        if self.likelihood == "bernoulli":
-            refuse_outside_unit(x)
-        if not self.binarise:
-            return x
-        return (parallel.rand_like(x, generator=generator) < x).to(x.dtype)
+    @torch.no_grad()
+    def sample(self, n: int, y: Tensor | None = None, *, generator: Generator | None = None) -> Tensor:
+        """Decode n codes drawn from p(z | y), y one condition for each; means, without the noise of p(x | z, y)."""
+        return self.decode(self.sample_prior(n, y, generator=generator), y)
 
-    def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> VAELoss:
-        """Loss on a batch with one z for each x, its noise from ``generator``; ``y`` is not used."""
-        x = self._binarised(x, generator)
-        mu, logvar = self.posterior(x)
-        z = mu + (0.5 * logvar).exp() * parallel.randn_like(mu, generator=generator)
-        reconstruction, kl = -self.log_likelihood(x, z), kl_to_standard_normal(mu, logvar)
-        return VAELoss(reconstruction + self.beta * kl, reconstruction, kl)
+    def _halves(self, name: str, output: Tensor, n: int) -> tuple[Tensor, ...]:
+        """Means and logarithms of variances, each (n, dim), which the network of that name gives side by side."""
+        if output.shape != (n, 2 * self.dim):
+            raise ValueError(f"{name} must give shape {(n, 2 * self.dim)}, got {tuple(output.shape)}")
+        return output.chunk(2, dim=1)
 
 
-@dataclass(frozen=True)
-class IWAELoss:
-    """Terms of the loss, each of shape (batch,), on the same draws.
+class VAE(LatentVariableModel):
+    r"""Autoencoder with a distribution at either end: :math:`q(z|x)` from the encoder, :math:`p(x|z)` from the decoder.
 
-    Attributes:
-        total: minus the logarithm of the mean weight, what is minimised; its expectation bounds -log p(x) from above.
-        negative_elbo: minus the mean logarithm of a weight, never below ``total``.
+    Its loss is minus ``def-vae-elbo``, at one z for each x and with weight beta on the divergence:
+
+    .. math:: -\log p(x|z) + \beta\,\mathrm{KL}\bigl(q(z|x)\,\|\,N(0, I)\bigr), \qquad
+        z = \mu(x) + \sigma(x) \odot \epsilon \sim q(z|x)
+
+    The likelihood is :class:`gae_core.models.likelihoods.Bernoulli` unless told otherwise. Grey values are none of its
+    support; with ``binarise`` the loss reads them as probabilities and draws zeros and ones anew at every call.
+
+    ``encode`` gives the mean of q, ``decode`` the mean of p(x | z), and ``sample`` decodes codes drawn from N(0, I) to
+    such means, without the noise of p(x | z). Arguments and errors are those of :class:`LatentVariableModel`.
+
+    A logvar of -100 is an ordinary, nearly deterministic code. At 100 the divergence is finite in float64 and infinite
+    in float32 (from 89 on), where :func:`gae_core.train.fit` stops with an error that names it.
+
+    Source: Kingma and Welling, *Auto-encoding variational Bayes*, ICLR 2014; beta: Higgins et al., ICLR 2017.
     """
-
-    total: Tensor
-    negative_elbo: Tensor
 
 
 class IWAE(VAE):
@@ -276,8 +303,5 @@ class IWAE(VAE):
         self.samples = samples
 
     def loss(self, x: Tensor, y: Tensor | None = None, *, generator: Generator | None = None) -> IWAELoss:
-        """Loss on a batch with k draws for each x, their noise from ``generator``; ``y`` is not used."""
-        x = self._binarised(x, generator)
-        eps = parallel.randn_like(x.new_empty(len(x), self.samples, self.dim), generator=generator)
-        log_weights = self.log_weights(x, eps)
-        return IWAELoss(math.log(self.samples) - log_weights.logsumexp(1), -log_weights.mean(1))
+        """Loss on a batch with k draws for each x, their noise from ``generator``."""
+        return self.iwae_loss(x, y, samples=self.samples, generator=generator)

@@ -90,16 +90,9 @@ def build(recipe: Recipe, shape: Sequence[int], seed: int) -> AutoregressiveVAE:
         return AutoregressiveVAE(encoder, decoder, recipe.dim, beta=recipe.beta, norm=norm)
 
 
-@torch.no_grad()
 def floor(norm: nn.Module | None) -> float:
     """What the norm guarantees of the divergence on a batch, in nats, but for eps: 0 without one."""
-    if isinstance(norm, FixedScaleBatchNorm):
-        return 0.5 * (norm.dim * norm.gamma**2 + float(norm.beta.square().sum()))
-    if isinstance(norm, FixedScaleLayerNorm):
-        return 0.5 * norm.dim * norm.gamma**2
-    if isinstance(norm, CoupledBatchNorm):
-        return -0.5 * float(norm.squared_scales()[1].log().sum())
-    return 0.0
+    return 0.0 if norm is None else norm.floor()
 
 
 @torch.no_grad()

@@ -618,9 +618,9 @@ def autoencoder(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) 
 def variational(x: Tensor, y: Tensor, size: Size, seed: int, *, make: Callable) -> Member:
     """A VAE or one of its kin. For the density its noise is what its reconstructions leave, as for all networks."""
     model = make(functools.partial(_pair, x, heads=2, output=nn.Sigmoid))
-    if isinstance(model.log_sigma, nn.Parameter):
-        with torch.no_grad():
-            model.log_sigma.fill_(math.log(0.3))  # from 1 it would take half of the training to come down
+    with torch.no_grad():
+        for log_sigma in model.likelihood.parameters():
+            log_sigma.fill_(math.log(0.3))  # from 1 it would take half of the training to come down
     _fit(model, x, y, size, seed)
     variance = _left(x[:5000], metrics.in_batches(model, x[:5000]))
 
@@ -643,7 +643,7 @@ def conditional(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     decoder = nn.Sequential(nets.mlp([DIM + 10, *reversed(HIDDEN), x.shape[1]]), nn.Sigmoid())
     model = CVAE(Beside(encoder), Beside(decoder), DIM, classes=10, **SETTINGS["cvae"])
     with torch.no_grad():
-        model.log_sigma.fill_(math.log(0.3))
+        model.likelihood.log_sigma.fill_(math.log(0.3))
     _fit(model, x, y, size, seed)
 
     @torch.no_grad()
