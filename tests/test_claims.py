@@ -23,7 +23,7 @@ PAGES = sorted(ROOT.glob("book/*.md"))
 def put(folder, name, record="mnist-medium", seeds=(0, 1, 2), curves=None, **metrics):
     data, size = record.split("-")
     whole = dict.fromkeys(records.KEYS, "x") | {"model": name, "data": data, "size": size, "seeds": list(seeds)}
-    whole |= {"training seconds": 12.5, "curves": curves or {}}
+    whole |= {"training seconds": 12.5, "epochs": 42, "curves": curves or {}}
     whole["metrics"] = {key.replace("_", " "): records.summary(values) for key, values in metrics.items()}
     (folder / name).mkdir(exist_ok=True)
     records.write(folder / name / f"{record}.json", whole)
@@ -55,6 +55,12 @@ def reading(tmp_path):
         ("c@he2019-full | error", "9 ± 0"),
         ("a | training seconds; .1f", "12.5"),
         ("a | last of NLL; .1f", "2.0"),
+        ("a | highest of NLL; .1f", "9.0"),
+        ("a | at 38 of NLL; .1f", "9.0"),  # a point every second epoch
+        ("a | at 40 of NLL; .1f", "1.0"),
+        ("a | at 42 of NLL; .1f", "3.0"),
+        ("seeds([five | error]); .0f", "5"),
+        ("seeds([five | training seconds]); .0f", "1"),
         ("max([a, b | error]); .1f", "3.1"),
         ("mean([a, b | error]); .2f", "2.53"),
         ("sqrt([c@mnist | error] + 2); .1f", "3.0"),
@@ -112,6 +118,9 @@ def test_what_does_not_hold_is_told_with_its_values(reading):
         ("[c@he2019 | error]", "must be one record, got 2"),
         ("[a | eror]", "no 'eror', it has error, loss"),
         ("[a | last of loss]", "no 'last of loss'"),
+        ("[a | at 41 of NLL]", "must name one of 21 points of a curve over 42 epochs"),
+        ("[a | at 0 of NLL]", "must name one of 21 points"),
+        ("[a | at 44 of NLL]", "must name one of 21 points"),
         ("[a | error] <", "no expression"),
         ("[a | error] + [five | error]", "cannot be paired"),
         ("__import__('os')", "no part of an expression"),
@@ -139,6 +148,11 @@ def test_a_claim_without_a_condition_holds_nothing(reading):
 def test_roles_are_found_across_lines():
     text = "It is {value}`a | error`, {claim}`a third\nless; [a | error] <\n 3` of {eq}`eq-a`."
     assert list(roles(text)) == [("value", "a | error"), ("claim", "a third less; [a | error] < 3")]
+
+
+def test_a_bar_in_a_table_is_escaped():
+    """As the build reads it, which takes the backslash away before it finds the role."""
+    assert list(roles(r"| it is {value}`a \| error` | so |")) == [("value", "a | error")]
 
 
 def test_less_is_the_paired_t_test():
@@ -214,6 +228,7 @@ def test_the_build_fails_where_the_records_say_otherwise(tmp_path, condition, st
     (tmp_path / "book" / "results").mkdir(parents=True)
     put(tmp_path / "book" / "results", "a", x=[1.0, 2.0, 3.0])
     text = f"# Page\n\nIt is {{claim}}`a third less; {condition}`, {{value}}`a | x; .1f` of it.\n"
+    text += "\n| in a table | 2 |\n|---|---|\n| {value}`a \\| x; .2f` | 3 |\n"
     (tmp_path / "index.md").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "sphinx", "-C", "-q", "-W", "-D", "extensions=myst_parser,claims", ".", "out"]
     paths = f"{ROOT / 'book' / '_ext'}{os.pathsep}{ROOT}"
@@ -223,4 +238,5 @@ def test_the_build_fails_where_the_records_say_otherwise(tmp_path, condition, st
     assert bool(done.returncode) == bool(status), done.stderr
     page = tmp_path / "out" / "index.html"
     assert shown in (done.stderr if status else page.read_text(encoding="utf-8"))
-    assert status or '<span class="recorded">2.0</span>' in page.read_text(encoding="utf-8")
+    for printed in () if status else ("2.0", "2.00"):
+        assert f'<span class="recorded">{printed}</span>' in page.read_text(encoding="utf-8")

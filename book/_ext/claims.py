@@ -8,14 +8,16 @@
 
 ``[name | metric]`` is a metric of ``book/results/<name>/<record>.json`` by its seeds. ``name@he2019`` says which
 record, or ``name@mnist-full``, where a name has several. ``[a, b_* | metric]`` are those of several names, for each of
-which a comparison must hold. ``[name | last of NLL]`` is the mean of the last tenth of a curve, ``[name | training
-seconds]`` an entry of the record itself.
+which a comparison must hold. ``[name | last of NLL]`` is the mean of the last tenth of a curve, ``[name | highest of
+NLL]`` its largest value, ``[name | at 400 of NLL]`` the one after 400 epochs (or steps, where these are counted),
+``[name | training seconds]`` an entry of the record itself. In a Markdown table a ``|`` is written ``\\|``.
 
 Arithmetic is done seed by seed, so that a difference has the error of a paired one; ``<`` compares means;
 ``less(a, b)`` is what the chapters call *clearly*, :func:`gae_core.records.less`, of the seeds that both have;
 ``level(a, b)`` that neither is clearly less; ``near(a, b, by)`` that they are no further apart than that. ``min``,
-``max``, ``mean``, ``abs``, ``sqrt``, ``log`` and ``by_seed`` (each seed's value) are there too. ``{value}`` takes a
-format after the semicolon, as Python's: ``.2f``, ``.0%``, ``,.0f``; without one it prints mean and standard error.
+``max``, ``mean``, ``abs``, ``sqrt``, ``log``, ``by_seed`` (each seed's value) and ``seeds`` (how many there are) are
+there too. ``{value}`` takes a format after the semicolon, as Python's: ``.2f``, ``.0%``, ``,.0f``; without one it
+prints mean and standard error.
 """
 
 import ast
@@ -35,6 +37,7 @@ from sphinx.util.docutils import SphinxRole
 from gae_core import records
 
 ROLE = re.compile(r"\{(value|claim)\}`([^`]+)`")
+CURVE = re.compile(r"(last|highest|at (\d+)) of (.+)")
 REFERENCE = re.compile(r"\[([^\[\]|]+?) \| ([^\[\]]+?)\]")
 MATHS = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
@@ -101,6 +104,7 @@ class Reading:
             "min": lambda *args: [min((q for a in args for q in a), key=lambda q: q.mean)],
             "max": lambda *args: [max((q for a in args for q in a), key=lambda q: q.mean)],
             "mean": lambda a: [Quantity((statistics.fmean(q.mean for q in a),))],
+            "seeds": lambda a: [Quantity((float(len(q.by_seed) if q.seeds else 1),)) for q in a],
             "by_seed": lambda a: [Quantity((v,)) for q in a for v in sorted(q.by_seed)],
             **{
                 name: functools.partial(self._map, function)
@@ -136,11 +140,11 @@ class Reading:
         found = []
         for path in [path for name in names.split(",") for path in self._files(name.strip())]:
             record = self._record(path)
-            curve = metric.removeprefix("last of ")
+            curve = CURVE.fullmatch(metric)
             if metric in record["metrics"]:
                 values = record["metrics"][metric]["by seed"]
-            elif curve != metric and curve in record.get("curves", {}):
-                values = [statistics.fmean(c[-max(1, len(c) // 10) :]) for c in record["curves"][curve]]
+            elif curve and curve[3] in record.get("curves", {}):
+                values = [self._of_curve(curve, c, record["epochs"]) for c in record["curves"][curve[3]]]
             elif isinstance(record.get(metric), int | float):
                 found.append(Quantity((float(record[metric]),)))
                 continue
@@ -148,6 +152,17 @@ class Reading:
                 raise ValueError(f"{path.parent.name} has no {metric!r}, it has {', '.join(record['metrics'])}")
             found.append(Quantity(tuple(values), tuple(record["seeds"])))
         return found
+
+    @staticmethod
+    def _of_curve(what: re.Match, curve: list[float], epochs: int) -> float:
+        if what[1] == "last":
+            return statistics.fmean(curve[-max(1, len(curve) // 10) :])
+        if what[1] == "highest":
+            return max(curve)
+        points = int(what[2]) * len(curve)  # as the curves are drawn, the last point is after all epochs
+        if points % epochs or not 0 < points <= epochs * len(curve):
+            raise ValueError(f"{what[0]!r} must name one of {len(curve)} points of a curve over {epochs} epochs")
+        return curve[points // epochs - 1]
 
     def _map(self, function: Callable, a: Quantities) -> Quantities:
         return [dataclasses.replace(q, by_seed=tuple(map(function, q.by_seed))) for q in a]
@@ -238,7 +253,7 @@ class Reading:
 def roles(text: str) -> Iterator[tuple[str, str]]:
     """The roles of a chapter's source, outside of blocks of code: name and content."""
     for match in ROLE.finditer(text):
-        yield match[1], " ".join(match[2].split())
+        yield match[1], " ".join(match[2].replace("\\|", "|").split())
 
 
 class Claim(SphinxRole):
