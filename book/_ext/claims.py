@@ -1,4 +1,4 @@
-"""Sphinx extension: sentences that say what the records say, or the build fails.
+r"""Sphinx extension: sentences that say what the records say, or the build fails.
 
 ``{value}`` prints from records what stands before the last semicolon, ``{claim}`` its words if the condition holds::
 
@@ -10,7 +10,7 @@
 record, or ``name@mnist-full``, where a name has several. ``[a, b_* | metric]`` are those of several names, for each of
 which a comparison must hold. ``[name | last of NLL]`` is the mean of the last tenth of a curve, ``[name | highest of
 NLL]`` its largest value, ``[name | at 400 of NLL]`` the one after 400 epochs (or steps, where these are counted),
-``[name | training seconds]`` an entry of the record itself. In a Markdown table a ``|`` is written ``\\|``.
+``[name | training seconds]`` an entry of the record itself. In a Markdown table a ``|`` is written ``\|``.
 
 Arithmetic is done seed by seed, so that a difference has the error of a paired one; ``<`` compares means;
 ``less(a, b)`` is what the chapters call *clearly*, :func:`gae_core.records.less`, of the seeds that both have;
@@ -220,7 +220,10 @@ class Reading:
                     return self.functions[key](*map(value, args))
             raise ValueError(f"{ast.unparse(node)!r} in {text!r} is no part of an expression; see book/_ext/claims.py")
 
-        return value(tree)
+        try:
+            return value(tree)
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"{text!r} cannot be worked out: {error}") from error
 
     def say(self, role: str, text: str) -> str:
         """What a role prints.
