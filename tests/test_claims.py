@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from claims import Reading, roles
+from claims import Reading, roles, spoken
 from scipy import stats
 
 from gae_core import records
@@ -23,7 +23,7 @@ PAGES = sorted(ROOT.glob("book/*.md"))
 def put(folder, name, record="mnist-medium", seeds=(0, 1, 2), curves=None, **metrics):
     data, size = record.split("-")
     whole = dict.fromkeys(records.KEYS, "x") | {"model": name, "data": data, "size": size, "seeds": list(seeds)}
-    whole |= {"training seconds": 12.5, "curves": curves or {}}
+    whole |= {"training seconds": 12.5, "epochs": 42, "curves": curves or {}}
     whole["metrics"] = {key.replace("_", " "): records.summary(values) for key, values in metrics.items()}
     (folder / name).mkdir(exist_ok=True)
     records.write(folder / name / f"{record}.json", whole)
@@ -55,6 +55,16 @@ def reading(tmp_path):
         ("c@he2019-full | error", "9 ± 0"),
         ("a | training seconds; .1f", "12.5"),
         ("a | last of NLL; .1f", "2.0"),
+        ("a | highest of NLL; .1f", "9.0"),
+        ("a | at 38 of NLL; .1f", "9.0"),  # a point every second epoch
+        ("a | at 40 of NLL; .1f", "1.0"),
+        ("a | at 42 of NLL; .1f", "3.0"),
+        ("seeds([five | error]); .0f", "5"),
+        ("seeds([five | training seconds]); .0f", "1"),
+        ("a | point 1 of NLL; .1f", "9.0"),
+        ("a | point 20 of NLL; .1f", "1.0"),
+        ("a | point -1 of NLL; .1f", "3.0"),
+        ("positive([b | error] - 3.0); .0f", "1"),
         ("max([a, b | error]); .1f", "3.1"),
         ("mean([a, b | error]); .2f", "2.53"),
         ("sqrt([c@mnist | error] + 2); .1f", "3.0"),
@@ -112,12 +122,22 @@ def test_what_does_not_hold_is_told_with_its_values(reading):
         ("[c@he2019 | error]", "must be one record, got 2"),
         ("[a | eror]", "no 'eror', it has error, loss"),
         ("[a | last of loss]", "no 'last of loss'"),
+        ("[a | at 41 of NLL]", "must name one of 21 points of a curve over 42 epochs"),
+        ("[a | at 0 of NLL]", "must name one of 21 points"),
+        ("[a | at 44 of NLL]", "must name one of 21 points"),
+        ("[a | point 1 of loss]", "no 'point 1 of loss'"),
+        ("[a | point 0 of NLL]", "no 'point 0 of NLL'"),
+        ("[a | point 22 of NLL]", "point 22 must be one of the 21"),
+        ("[a | point -22 of NLL]", "point -22 must be one of the 21"),
         ("[a | error] <", "no expression"),
         ("[a | error] + [five | error]", "cannot be paired"),
         ("__import__('os')", "no part of an expression"),
         ("[a | error].mean", "no part of an expression"),
         ("[a, b | error] < [a, b, c@mnist | error]", "2 and 3"),
         ("'a'", "no part"),
+        ("less([a | error])", "cannot be worked out"),
+        ("[a | error] + ([b | error] < 3) > 1", "cannot be worked out"),
+        ("[b | error] / ([a | error] - 2) > 1", "cannot be worked out"),
     ],
 )
 def test_what_cannot_be_read_is_refused(reading, text, message):
@@ -139,6 +159,17 @@ def test_a_claim_without_a_condition_holds_nothing(reading):
 def test_roles_are_found_across_lines():
     text = "It is {value}`a | error`, {claim}`a third\nless; [a | error] <\n 3` of {eq}`eq-a`."
     assert list(roles(text)) == [("value", "a | error"), ("claim", "a third less; [a | error] < 3")]
+
+
+def test_roles_are_found_in_a_table_of_markdown():
+    assert list(roles(r"| cell | {claim}`less; [a \| error] < 3` |")) == [("claim", "less; [a | error] < 3")]
+
+
+def test_roles_are_spoken_where_only_words_can_stand(reading):
+    text = "It ends at {value}`a | error; .0f`, {claim}`below three; [a | error] < 3`."
+    assert spoken(text, reading) == "It ends at 2, below three."
+    with pytest.raises(ValueError, match="the records do not say 'above three'"):
+        spoken("It is {claim}`above three; [a | error] > 3`.", reading)
 
 
 def test_less_is_the_paired_t_test():
@@ -178,10 +209,12 @@ def test_what_a_chapter_says_of_the_records_is_so(page):
 
 
 # Chapters whose prose under the tables still has numbers typed by hand.
-PENDING = {"bn_vae", "bn_vae_text", "cvae", "denoising", "eae", "family", "image_prior", "latent_mcmc", "meg", "vae"}
+PENDING = {"bn_vae_text", "family", "meg"}
 TYPED = re.compile(r"(?<![\w.,/^_-])\d*\.\d+(?![\w.])|\d+ ?%")
 NOT_PROSE = re.compile(
-    r"(?s)```.*?```|:::.*?:::|\$\$.*?\$\$|\$[^$]*\$|\{\w[\w:]*\}`[^`]*`|`[^`]*`|\]\([^)]*\)|^\|.*?$", re.M
+    r"(?s)(`{3,})(?!`).*?(?<!`)\1(?!`)|:::.*?:::|\$\$.*?\$\$|\$[^$]*\$"
+    r"|\{\w[\w:]*\}`[^`]*`|`[^`]*`|\]\([^)]*\)|^\|.*?$",
+    re.M,
 )
 
 
@@ -202,6 +235,9 @@ def test_a_typed_number_is_found():
     table = "## Runs\n\n```{results-table} a\n:rows: b 0.5\n```\n\n"
     (section,) = sections_with_tables(f"# A 0.1\n\n{table}It is $0.3$, {{value}}`a | b; .1f` and `0.7`.\n## B 0.2\n")
     assert not TYPED.findall(section)
+    theorem = "````{prf:theorem} T\n```{math}\n0.5\n```\n````\n\n"  # whose fences are longer than those within
+    (section,) = sections_with_tables(f"{table}{theorem}It is {{claim}}`so; [a | b] < .5`, {{value}}`a | b; .1f`.\n")
+    assert not TYPED.findall(section)
     for typed in ("0.3", ".25", "12 %", "1.5 nats"):
         (section,) = sections_with_tables(f"{table}It is {typed} here.")
         assert TYPED.findall(section)
@@ -213,7 +249,9 @@ def test_a_typed_number_is_found():
 def test_the_build_fails_where_the_records_say_otherwise(tmp_path, condition, status, shown):
     (tmp_path / "book" / "results").mkdir(parents=True)
     put(tmp_path / "book" / "results", "a", x=[1.0, 2.0, 3.0])
+    escaped = condition.replace("|", r"\|")
     text = f"# Page\n\nIt is {{claim}}`a third less; {condition}`, {{value}}`a | x; .1f` of it.\n"
+    text += f"\n| a | b |\n|---|---|\n| in a cell | {{claim}}`much less; {escaped}` |\n"
     (tmp_path / "index.md").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "sphinx", "-C", "-q", "-W", "-D", "extensions=myst_parser,claims", ".", "out"]
     paths = f"{ROOT / 'book' / '_ext'}{os.pathsep}{ROOT}"
@@ -224,3 +262,25 @@ def test_the_build_fails_where_the_records_say_otherwise(tmp_path, condition, st
     page = tmp_path / "out" / "index.html"
     assert shown in (done.stderr if status else page.read_text(encoding="utf-8"))
     assert status or '<span class="recorded">2.0</span>' in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("condition", "fails"), [("[a | x] < 3", False), ("[a | x] > 3", True)])
+def test_the_alternative_text_of_curves_says_what_the_records_say(tmp_path, condition, fails):
+    (tmp_path / "book" / "results").mkdir(parents=True)
+    put(tmp_path / "book" / "results", "a", x=[1.0, 2.0, 3.0], curves={"loss": [[4.0, 2.0]] * 3})
+    record = tmp_path / "book" / "results" / "a" / "mnist-medium.json"
+    record.write_text(record.read_text(encoding="utf-8").replace('"epochs": "x"', '"epochs": 2'), encoding="utf-8")
+    text = f"It falls to {{value}}`a | point 2 of loss; .0f`, {{claim}}`less; {condition}`."
+    options = f":record: mnist-medium\n:curve: loss\n:alt: {text}"
+    (tmp_path / "index.md").write_text(f"# Page\n\n```{{results-curves}} a\n{options}\nLoss.\n```\n", encoding="utf-8")
+    extensions = "extensions=myst_parser,claims,results_table"
+    command = [sys.executable, "-m", "sphinx", "-C", "-q", "-W", "-D", extensions, ".", "out/html"]
+    paths = f"{ROOT / 'book' / '_ext'}{os.pathsep}{ROOT}"
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert bool(done.returncode) == fails, done.stderr
+    if fails:
+        assert "the records do not say" in done.stderr
+    else:
+        assert 'alt="It falls to 2, less."' in (tmp_path / "out" / "html" / "index.html").read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """Denoising: the chain on finite spaces, Tweedie's identity, score matching, walkback, contraction, Parzen."""
 
 import itertools
-import json
 import math
 
 import mpmath as mp
@@ -13,7 +12,6 @@ from helpers import assert_z
 
 from gae_core import data, metrics, nets, train
 from gae_core.models.denoising import ContractiveAutoencoder, DenoisingAutoencoder, gaussian_noise, salt_and_pepper
-from gae_core.records import RESULTS
 from gae_core.studies import denoising as studies
 
 
@@ -848,35 +846,3 @@ def test_both_train_in_the_common_loop():
     assert history["first"][-4:].mean() < history["total"][-4:].mean()  # later steps start further away
     history = train.fit(contractive(), x, epochs=5, batch_size=64, lr=3e-3, device="cpu", progress=False).history
     assert history["total"][-4:].mean() < history["total"][:4].mean()
-
-
-def test_the_chapters_reading_of_the_recorded_chains():
-    plain, long, walk = (
-        json.loads((RESULTS / f"dae_walkback{n}" / "mnist-medium.json").read_text(encoding="utf-8"))
-        for n in ("1", "1_long", "5")
-    )
-    assert [(run["walkback"], run["epochs"]) for run in (plain, long, walk)] == [(1, 4), (1, 20), (5, 4)]
-    for run in (plain, long, walk):
-        about = [run[key] for key in ("hidden", "chains", "burn_in", "steps", "every", "salt and pepper")]
-        assert about == [1000, 100, 200, 1000, 10, 0.4]
-    assert [run["seeds"] for run in (plain, long, walk)] == [[0, 1, 2], [0, 1], [0, 1, 2]]
-
-    def of(run, key):
-        return run["metrics"][key]["by seed"]
-
-    def below(key, *runs):
-        """Whether every seed of each run has less than every seed of the next."""
-        return all(max(of(a, key)) < min(of(b, key)) for a, b in itertools.pairwise(runs))
-
-    ess = "ESS of the label in 1,000 steps"
-    assert below(ess, plain, walk) and below(ess, long, walk)
-    assert all(below(f"Fréchet, {what}", plain, walk) for what in ("means", "samples"))
-    assert below("Fréchet, samples", walk, long) and below("Fréchet, means", long, walk)
-    assert below("confident, %", walk, plain)
-    assert below("denoising loss", long, plain)
-    assert all(below(f"Fréchet, {what}", plain, long) for what in ("means", "samples"))
-    # more than without, and nowhere near the optimum of walkback, whose chain has more than 500
-    assert all(a < 2 * b for a, b in zip(of(walk, ess), of(plain, ess), strict=True)) and max(of(walk, ess)) < 100
-    assert below("label entropy", walk, plain) and below("label entropy", walk, long)
-    assert min(of(walk, "Parzen")) > 40 + max(of(plain, "Parzen") + of(long, "Parzen"))
-    assert min(a - b for a, b in zip(of(walk, "Parzen"), of(walk, "Parzen: training images"), strict=True)) > 0

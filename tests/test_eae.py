@@ -1,9 +1,7 @@
 """The chapter on the entropic autoencoder: its equations, and the model."""
 
-import json
 import math
 import random
-from pathlib import Path
 
 import mpmath as mp
 import pytest
@@ -16,7 +14,6 @@ from gae_core.entropy import knn_entropy, knn_local_entropy
 from gae_core.gaussian import gaussian_entropy
 from gae_core.models.eae import EAE
 from gae_core.normalization import CodeBatchNorm
-from gae_core.records import less
 
 
 def batch_norm(u, eps=0):
@@ -292,70 +289,6 @@ def test_codes_of_a_batch_differ_from_those_of_evaluation_by_the_stated_noise(na
     assert_z(difference, (1 + (kurtosis - 1) / 4) / size)
     with pytest.raises(AssertionError):
         assert_z(difference, (1 + (kurtosis + 2 - 1) / 4) / size)  # the wrong kurtosis is seen
-
-
-def test_the_chapters_reading_of_the_recorded_runs():
-    """The sentences below the table: means of three seeds four standard errors apart, or differences by seed."""
-    root = Path(__file__).parents[1] / "book" / "results"
-    names = ("autoencoder", "batch_norm", "eae", "vae")
-    runs = {name: json.loads((root / name / "mnist-medium.json").read_text(encoding="utf-8")) for name in names}
-
-    def values(name, metric):
-        entry = runs[name]["metrics"][metric]
-        return entry["mean"], entry["standard error"]
-
-    def clearly_less(first, second, factor=1.0):
-        (a, error_a), (b, error_b) = values(*first), values(*second)
-        return a + 4 * math.hypot(error_a, factor * error_b) < factor * b
-
-    normal, gaussian, mixture = (f"Fréchet, {source}" for source in ("N(0, I)", "one Gaussian", "mixture of ten"))
-    assert clearly_less(("batch_norm", normal), ("autoencoder", normal), 1 / 5)
-    assert clearly_less(("eae", normal), ("batch_norm", normal))
-    assert values("eae", normal)[0] / values("batch_norm", normal)[0] == pytest.approx(2 / 3, abs=0.05)
-    precision, recall = (f"{share}, N(0, I)" for share in ("precision", "recall"))
-    assert clearly_less(("batch_norm", precision), ("eae", precision))
-    assert not clearly_less(("batch_norm", recall), ("eae", recall))
-    assert not clearly_less(("eae", gaussian), ("eae", normal))
-    assert clearly_less(("batch_norm", gaussian), ("batch_norm", normal))
-    assert all(clearly_less((name, mixture), (name, normal)) for name in names)
-    assert all(clearly_less(("autoencoder", mixture), ("eae", source)) for source in (normal, gaussian, mixture))
-    assert clearly_less(("eae", "max correlation"), ("batch_norm", "max correlation"))
-
-    def by_seed(name, metric):
-        return runs[name]["metrics"][metric]["by seed"]
-
-    # Neither ingredient is free.
-    for metric, batch_norm, entropy in (("squared error", 0.02, 0.04), ("Fréchet, reconstructions", 0.44, 0.175)):
-        assert less(by_seed("autoencoder", metric), by_seed("batch_norm", metric))
-        assert less(by_seed("batch_norm", metric), by_seed("eae", metric))
-        first, second, third = (values(name, metric)[0] for name in ("autoencoder", "batch_norm", "eae"))
-        assert second / first - 1 == pytest.approx(batch_norm, rel=0.25)
-        assert third / second - 1 == pytest.approx(entropy, rel=0.25)
-
-    # Coordinates come nearer to normal and lengths leave their law, in every seed, beyond a normal sample's noise.
-    pairs = {
-        metric: list(zip(by_seed("batch_norm", metric), by_seed("eae", metric), strict=True))
-        for metric in ("ks marginal", "ks radius", "radius std")
-    }
-    noise = max(by_seed("eae", "ks noise"))
-    assert all(before > after > noise for before, after in pairs["ks marginal"])
-    assert all(5 * noise < before < after for before, after in pairs["ks radius"])
-    assert all(0.85 > before > after for before, after in pairs["radius std"])
-    assert less(by_seed("batch_norm", "ks radius"), by_seed("eae", "ks radius"))
-    assert less(by_seed("eae", "radius std"), by_seed("batch_norm", "radius std"))
-    lack = {name: 1 - values(name, "radius std")[0] for name in ("batch_norm", "eae")}
-    assert lack["batch_norm"] > 0.6 * lack["eae"]  # most of it is there without the entropy
-
-    # The variational autoencoder beside them, and the coordinate that one of three has lost.
-    def level(first, second, metric):
-        (a, error_a), (b, error_b) = values(first, metric), values(second, metric)
-        return abs(a - b) < 2 * math.hypot(error_a, error_b)
-
-    assert level("vae", "batch_norm", normal)
-    assert clearly_less(("eae", normal), ("vae", normal), 0.8)
-    assert all(level("vae", "eae", metric) for metric in (mixture, "Fréchet, reconstructions", "squared error"))
-    active, error = by_seed("vae", "active units"), by_seed("vae", "squared error")
-    assert sorted(active) == [7, 8, 8] and active.index(7) == error.index(max(error))
 
 
 def model(lam=1.0, **options):

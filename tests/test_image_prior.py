@@ -488,49 +488,15 @@ def values(name, metric, stem="flower-medium"):
 def test_the_steps_are_those_of_the_record_on_the_other_crop():
     assert study.STEPS["medium"] == (values("denoising", "its step", "tuning-medium").item(), 3000)
     record = records.read(records.RESULTS / "image_prior_denoising" / "flower-medium.json")
-    assert record["read off at step"] == study.STEPS["medium"][0] and record["seeds"] == [0, 1, 2, 3, 4]
-    assert record["parameters"] == 264_403 and 5 < record["parameters"] / (3 * 128**2) < 5.5
+    assert record["read off at step"] == study.STEPS["medium"][0]
 
 
-def test_the_chapters_reading_of_the_denoised_photograph():
-    """The sentences below the table of denoising."""
-    output, average, rival = (
-        values("denoising", f"PSNR of {key}, dB") for key in ("output", "average", "non-local means")
+def test_the_records_of_the_noisy_photograph_agree():
+    average, gain, rival = (
+        values("denoising", key)
+        for key in ("PSNR of average, dB", "gain of the average, dB", "PSNR of non-local means, dB")
     )
-    gain, best = values("denoising", "gain of the average, dB"), values("denoising", "highest PSNR in hindsight, dB")
     np.testing.assert_allclose(gain, average - values("denoising", "PSNR of noisy, dB"), atol=1e-9)
-    assert (gain > 6.7).all() and 1.25 < (average - output).min() < (average - output).max() < 1.75
-    ahead = average - rival
-    assert 0.25 < ahead.min() < ahead.max() < 0.5 and 0.95 < (rival - output).min()
-    assert (rival - output).max() < 1.45
-    there, other = (
-        values("denoising", f"PSNR of {key}, dB", "tuning-medium").item() for key in ("average", "non-local means")
-    )
-    assert 0.3 < there - other < 0.5
-    assert (values("denoising", "PSNR of output at the end, dB") < output).all()
-    assert abs(values("denoising", "its step") - 1300).max() <= 150
-    assert (best - average).mean() > 0.1
-
-
-def test_the_chapters_reading_of_missing_and_fewer_pixels():
-    """The sentences below the tables of half and of a sixteenth of the pixels."""
-    for name, rival, ahead in (("inpainting", "biharmonic", 1.3), ("superresolution", "bicubic", 0.6)):
-        against = values(name, f"PSNR of {rival}, dB")
-        output, average = (values(name, f"PSNR of {key}, dB") for key in ("output", "average"))
-        assert (average > output).all() and (output > against + 0.4).all()
-        assert (average - against).mean() == pytest.approx(ahead, abs=0.1)
-        record = records.read(records.RESULTS / f"image_prior_{name}" / "flower-medium.json")
-        assert record["epochs"] == 2000 and record["seeds"] == [0, 1, 2]
-        for curve in record["curves"]["PSNR of the average, dB"]:
-            assert curve[-1] > max(curve) - 0.01, "no fall"
-            assert (curve[-1] - curve[-9] > 0.06) == (name == "inpainting"), "400 steps"
-
-
-def test_the_chapters_reading_of_two_runs():
-    first, second, mean, rival = (
-        values("two_runs", f"PSNR of {key}, dB")
-        for key in ("average of run 1", "average of run 2", "mean of the averages", "non-local means")
-    )
-    np.testing.assert_array_equal(first, values("denoising", "PSNR of average, dB")[:3])  # the same network and noise
-    np.testing.assert_allclose(mean - np.maximum(first, second), 0.3, atol=0.07)
-    assert abs((first - second).mean()) < 0.15 and (mean > rival).all(), "no run sees more than the other"
+    # The first of two runs is the run above: the same network on the same noise.
+    np.testing.assert_array_equal(values("two_runs", "PSNR of average of run 1, dB"), average[:3])
+    np.testing.assert_array_equal(values("two_runs", "PSNR of non-local means, dB"), rival[:3])

@@ -219,7 +219,7 @@ def test_training_a_prior_finds_what_a_linear_gaussian_model_cannot():
     gaussian, best = (-float(p.log_prob(x).mean()) for p in (one, clusters))
     options = dict(likelihood="gaussian", sigma=0.3)
     model = MixturePriorVAE(nets.mlp([1, 16, 2], activation=nn.Tanh), nn.Linear(1, 1), 1, components=2, **options)
-    history = train.fit(model, x, epochs=30, batch_size=100, lr=2e-2, device="cpu", progress=False)
+    history = train.fit(model, x, epochs=30, batch_size=100, lr=2e-2, device="cpu", progress=False).history
     assert history["total"][-20:].mean() < history["total"][:20].mean() - 1
     nll = importance_weighted_nll(model.eval(), x, samples=64, generator=seeded()).nll
     assert best - 0.01 < float(nll.mean()) < best + 0.15 < gaussian - 0.5

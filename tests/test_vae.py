@@ -5,11 +5,9 @@ The models' likelihood is known: a linear-Gaussian one, and quadrature.
 
 import dataclasses
 import itertools
-import json
 import math
 import random
 import types
-from pathlib import Path
 
 import mpmath as mp
 import numpy as np
@@ -1342,52 +1340,3 @@ def test_what_is_recorded_is_what_is_run(monkeypatch):
     for name, value in changes.items():
         other = dataclasses.replace(recipe, **{name: value})
         assert other.settings()[name] != recipe.settings()[name] and outcome(other) != first, name
-
-
-def test_the_chapters_reading_of_the_recorded_runs():
-    """The sentences around the tables, of one seed each."""
-    root = Path(__file__).parents[1] / "book" / "results"
-
-    def read(name, size="medium"):
-        record = json.loads((root / name / f"mnist-{size}.json").read_text(encoding="utf-8"))
-        (curve,) = record["curves"]["NLL of some test images"]
-        return {key: metric["mean"] for key, metric in record["metrics"].items()}, curve, record
-
-    (vae, slow, record), (iwae, fast, other) = read("vae_k1"), read("iwae_k50")
-    assert (record["batch_size"], other["batch_size"]) == (100, 20)
-    assert all(r["epochs"] * 60_000 / r["batch_size"] == 24_000 for r in (record, other))
-    assert 2.5 < iwae["NLL"] - vae["NLL"] < 3
-    assert vae["negative ELBO"] - vae["NLL"] == pytest.approx(5, abs=0.5)
-    assert iwae["negative ELBO"] - iwae["NLL"] == pytest.approx(15, abs=0.5)
-    five, middle, third = read("iwae_k5")
-    assert [round(c[7]) for c in (slow, middle, fast)] == [99, 97, 94] and [round(c[-1]) for c in (slow, middle)] == [
-        90,
-        91,
-    ]
-    assert third["batch_size"] == 50 and third["epochs"] == 20
-    assert five["NLL"] - vae["NLL"] == pytest.approx(0.5, abs=0.05)
-    assert five["negative ELBO"] - five["NLL"] == pytest.approx(8, abs=0.5) and iwae["KL"] < five["KL"] < vae["KL"]
-    assert [50 - model["active units"] for model in (vae, five, iwae)] == [32, 31, 8]
-    assert iwae["KL"] < vae["KL"]
-    assert all(m["mutual information"] > m["cap of the information"] - 0.3 for m in (vae, five, iwae))
-    assert slow[0] - slow[5] > 8 and 0.5 < slow[-6] - slow[-1] < 2, "steep at first, and falling still"
-    long, curve, full = read("vae_k1", "full")
-    assert full["epochs"] == 500 and full["lr"] == record["lr"] / 4 and 1500 < full["training seconds"] < 2100
-    assert vae["NLL"] - long["NLL"] == pytest.approx(3, abs=0.3) and abs(long["NLL"] - 87.78) < 0.5
-    assert long["active units"] == vae["active units"] + 1 and long["Fréchet, N(0, I)"] < vae["Fréchet, N(0, I)"] - 50
-    assert 97 < curve[0] < 98.5 and curve[4] < 92 and curve[-1] < 88
-    two, ten, fifty = (read(name)[0] for name in ("vae_d2", "vae_d10", "vae_d50"))
-    assert (two["active units"], ten["active units"], fifty["active units"]) == (2, 10, 21)
-    assert two["NLL"] - 30 > ten["NLL"] and ten["NLL"] - fifty["NLL"] == pytest.approx(5, abs=0.5)
-    frechet = [m["Fréchet, N(0, I)"] for m in (two, ten, fifty)]
-    assert frechet[0] > 2 * frechet[1] and frechet[1] < frechet[2] < 1.05 * frechet[1]
-    assert two["KL of the aggregate"] < 0.5 and two["mutual information"] < two["cap of the information"] - 3
-    for model in (ten, fifty, vae, five, iwae):  # so that nothing is said of their mismatch
-        assert model["mutual information"] > model["cap of the information"] - 0.3
-    many = read("vae_d200")[0]
-    assert many["active units"] == 73 and many["NLL"] - fifty["NLL"] == pytest.approx(0.6, abs=0.15)
-    assert many["KL"] < fifty["KL"] and many["negative ELBO"] - fifty["negative ELBO"] == pytest.approx(1.6, abs=0.2)
-    assert many["Fréchet, N(0, I)"] == pytest.approx(ten["Fréchet, N(0, I)"], rel=0.05)
-    assert all(m["mutual information"] > m["cap of the information"] - 0.1 for m in (ten, fifty, many))
-    assert iwae["NLL"] < fifty["NLL"] and other["epochs"] == read("vae_d50")[2]["epochs"] == 8
-    assert fast[-1] < slow[len(fast) - 1] - 4 and fast[-2] - fast[-1] > 0.5

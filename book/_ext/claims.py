@@ -1,4 +1,4 @@
-"""Sphinx extension: sentences that say what the records say, or the build fails.
+r"""Sphinx extension: sentences that say what the records say, or the build fails.
 
 ``{value}`` prints from records what stands before the last semicolon, ``{claim}`` its words if the condition holds::
 
@@ -8,14 +8,19 @@
 
 ``[name | metric]`` is a metric of ``book/results/<name>/<record>.json`` by its seeds. ``name@he2019`` says which
 record, or ``name@mnist-full``, where a name has several. ``[a, b_* | metric]`` are those of several names, for each of
-which a comparison must hold. ``[name | last of NLL]`` is the mean of the last tenth of a curve, ``[name | training
-seconds]`` an entry of the record itself.
+which a comparison must hold. ``[name | last of NLL]`` is the mean of the last tenth of a curve, ``[name | highest of
+NLL]`` its largest value, ``[name | at 400 of NLL]`` the one after 400 epochs (or steps, where these are counted),
+``[name | point 8 of NLL]`` its eighth value, ``point -1`` the very last; ``[name | training seconds]`` an entry of the
+record itself.
 
 Arithmetic is done seed by seed, so that a difference has the error of a paired one; ``<`` compares means;
 ``less(a, b)`` is what the chapters call *clearly*, :func:`gae_core.records.less`, of the seeds that both have;
 ``level(a, b)`` that neither is clearly less; ``near(a, b, by)`` that they are no further apart than that. ``min``,
-``max``, ``mean``, ``abs``, ``sqrt``, ``log`` and ``by_seed`` (each seed's value) are there too. ``{value}`` takes a
-format after the semicolon, as Python's: ``.2f``, ``.0%``, ``,.0f``; without one it prints mean and standard error.
+``max``, ``mean``, ``abs``, ``sqrt``, ``log``, ``by_seed`` (each seed's value), ``seeds`` (how many there are) and
+``positive`` (with how many of them a quantity is above 0) are there too. ``{value}`` takes a format after the
+semicolon, as Python's: ``.2f``, ``.0%``, ``,.0f``; without one it prints mean and standard error.
+
+In a table of Markdown ``\|`` stands for ``|``. In the ``:alt:`` of curves and planes of records roles may stand too.
 """
 
 import ast
@@ -35,6 +40,7 @@ from sphinx.util.docutils import SphinxRole
 from gae_core import records
 
 ROLE = re.compile(r"\{(value|claim)\}`([^`]+)`")
+CURVE = re.compile(r"(last|highest|at (\d+)|point (-?[1-9]\d*)) of (.+)")
 REFERENCE = re.compile(r"\[([^\[\]|]+?) \| ([^\[\]]+?)\]")
 MATHS = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
@@ -101,7 +107,9 @@ class Reading:
             "min": lambda *args: [min((q for a in args for q in a), key=lambda q: q.mean)],
             "max": lambda *args: [max((q for a in args for q in a), key=lambda q: q.mean)],
             "mean": lambda a: [Quantity((statistics.fmean(q.mean for q in a),))],
+            "seeds": lambda a: [Quantity((float(len(q.by_seed) if q.seeds else 1),)) for q in a],
             "by_seed": lambda a: [Quantity((v,)) for q in a for v in sorted(q.by_seed)],
+            "positive": lambda a: [Quantity((float(sum(v > 0 for v in q.by_seed)),)) for q in a],
             **{
                 name: functools.partial(self._map, function)
                 for name, function in {"abs": abs, "sqrt": math.sqrt, "log": math.log}.items()
@@ -136,11 +144,11 @@ class Reading:
         found = []
         for path in [path for name in names.split(",") for path in self._files(name.strip())]:
             record = self._record(path)
-            curve = metric.removeprefix("last of ")
+            curve = CURVE.fullmatch(metric)
             if metric in record["metrics"]:
                 values = record["metrics"][metric]["by seed"]
-            elif curve != metric and curve in record.get("curves", {}):
-                values = [statistics.fmean(c[-max(1, len(c) // 10) :]) for c in record["curves"][curve]]
+            elif curve and curve[4] in record.get("curves", {}):
+                values = [self._of_curve(curve, c, record["epochs"]) for c in record["curves"][curve[4]]]
             elif isinstance(record.get(metric), int | float):
                 found.append(Quantity((float(record[metric]),)))
                 continue
@@ -148,6 +156,21 @@ class Reading:
                 raise ValueError(f"{path.parent.name} has no {metric!r}, it has {', '.join(record['metrics'])}")
             found.append(Quantity(tuple(values), tuple(record["seeds"])))
         return found
+
+    @staticmethod
+    def _of_curve(what: re.Match, curve: list[float], epochs: int) -> float:
+        if what[1] == "last":
+            return statistics.fmean(curve[-max(1, len(curve) // 10) :])
+        if what[1] == "highest":
+            return max(curve)
+        if what[3]:
+            if abs(at := int(what[3])) > len(curve):
+                raise ValueError(f"point {at} must be one of the {len(curve)} that the curve has")
+            return curve[at - (at > 0)]
+        points = int(what[2]) * len(curve)  # as the curves are drawn, the last point is after all epochs
+        if points % epochs or not 0 < points <= epochs * len(curve):
+            raise ValueError(f"{what[0]!r} must name one of {len(curve)} points of a curve over {epochs} epochs")
+        return curve[points // epochs - 1]
 
     def _map(self, function: Callable, a: Quantities) -> Quantities:
         return [dataclasses.replace(q, by_seed=tuple(map(function, q.by_seed))) for q in a]
@@ -205,7 +228,10 @@ class Reading:
                     return self.functions[key](*map(value, args))
             raise ValueError(f"{ast.unparse(node)!r} in {text!r} is no part of an expression; see book/_ext/claims.py")
 
-        return value(tree)
+        try:
+            return value(tree)
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"{text!r} cannot be worked out: {error}") from error
 
     def say(self, role: str, text: str) -> str:
         """What a role prints.
@@ -236,9 +262,18 @@ class Reading:
 
 
 def roles(text: str) -> Iterator[tuple[str, str]]:
-    """The roles of a chapter's source, outside of blocks of code: name and content."""
+    """The roles of a chapter's source: name and content, as it is read outside of a table."""
     for match in ROLE.finditer(text):
-        yield match[1], " ".join(match[2].split())
+        yield match[1], " ".join(match[2].replace(r"\|", "|").split())
+
+
+def spoken(text: str, reading: Reading) -> str:
+    """A text in which roles stand, with what they print: for places where Sphinx wants plain words.
+
+    Raises:
+        ValueError: as in :meth:`Reading.say`.
+    """
+    return ROLE.sub(lambda match: reading.say(match[1], " ".join(match[2].split())), text)
 
 
 class Claim(SphinxRole):

@@ -48,6 +48,7 @@ import itertools
 import os
 from pathlib import Path
 
+from claims import Reading, spoken
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
@@ -68,6 +69,18 @@ class Parsing(SphinxDirective):
         box = nodes.Element()
         self.state.nested_parse(StringList(text.split("\n"), self.name), self.content_offset, box)
         return box.children
+
+    def alt(self) -> str:
+        """The alternative text, with what its roles print.
+
+        Raises:
+            ValueError: if one of them cannot be printed.
+        """
+        reading = Reading(Path(self.env.srcdir) / RESULTS)
+        text = spoken(self.options["alt"], reading)
+        for path in reading.read:
+            self.env.note_dependency(str(path))
+        return text
 
 
 class ResultsTable(Parsing):
@@ -166,10 +179,11 @@ class ResultsCurves(Parsing):
             plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-curves-{names}.png"
             draw = draw_panels if "panels" in self.options else draw_curves
             draw(found, curve, plot, axis=self.options.get("axis", "epochs"))
+            alt = self.alt()
         except (KeyError, OSError, ValueError) as error:
-            raise self.error(f"results-curves: no {curve!r} of {', '.join(self.arguments)}: {error}") from error
+            raise self.error(f"results-curves: {curve!r} of {', '.join(self.arguments)}: {error}") from error
         page = Path(self.env.doc2path(self.env.docname)).parent
-        return self.parse(figure(plot, page, self.options["alt"], "\n".join(self.content)))
+        return self.parse(figure(plot, page, alt, "\n".join(self.content)))
 
 
 class ResultsPlane(Parsing):
@@ -189,10 +203,11 @@ class ResultsPlane(Parsing):
         plot = Path(self.env.app.outdir).parent / "results_plots" / f"{stem}-plane-{self.arguments[0]}.png"
         try:
             draw_plane([records.check(path) for path in paths], *axes, plot)
+            alt = self.alt()
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise self.error(f"results-plane: no {axes} of {', '.join(self.arguments)}: {error}") from error
+            raise self.error(f"results-plane: {axes} of {', '.join(self.arguments)}: {error}") from error
         page = Path(self.env.doc2path(self.env.docname)).parent
-        return self.parse(figure(plot, page, self.options["alt"], "\n".join(self.content)))
+        return self.parse(figure(plot, page, alt, "\n".join(self.content)))
 
 
 def figure(path: Path, page: Path, alt: str, caption: str) -> str:

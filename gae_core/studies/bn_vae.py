@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gae_core import data, metrics, nets, plots
@@ -90,11 +90,6 @@ def build(recipe: Recipe, shape: Sequence[int], seed: int) -> AutoregressiveVAE:
         return AutoregressiveVAE(encoder, decoder, recipe.dim, beta=recipe.beta, norm=norm)
 
 
-def floor(norm: nn.Module | None) -> float:
-    """What the norm guarantees of the divergence on a batch, in nats, but for eps: 0 without one."""
-    return 0.0 if norm is None else norm.floor()
-
-
 @torch.no_grad()
 def gain(model: AutoregressiveVAE, x: Tensor, *, seed: int = 0) -> float:
     """Nats that the decoder loses with the codes of other images in place of an image's own: 0 if it ignores them."""
@@ -120,7 +115,7 @@ def measure(model: AutoregressiveVAE, x: Tensor, *, images: int, samples: int, s
         "NLL": float(nll.nll.mean()),
         "NLL, fall on doubling": float((nll.halved - nll.nll).mean()),
         "KL": info.kl,
-        "floor of the KL": floor(model.norm),
+        "floor of the KL": 0.0 if model.norm is None else model.norm.floor(),
         "mutual information": info.mutual_information,
         "cap of the information": info.cap,
         "KL of the aggregate": info.kl_aggregate,
