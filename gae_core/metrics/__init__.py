@@ -1,6 +1,7 @@
-"""What is measured: of samples, of codes, of likelihoods, and what a model makes of many rows at a time."""
+"""What is measured: of samples, of codes, of chains, of likelihoods, and what a model makes of many rows at a time."""
 
 from gae_core.metrics.batches import in_batches, squared_error
+from gae_core.metrics.chains import Mixing, mixing
 from gae_core.metrics.codes import (
     EncoderInformation,
     Gaussianity,
@@ -31,6 +32,7 @@ __all__ = [
     "EncoderInformation",
     "Gaussianity",
     "ImportanceWeighted",
+    "Mixing",
     "ModeCount",
     "ModeQuality",
     "PrecisionRecall",
@@ -42,6 +44,7 @@ __all__ = [
     "importance_weighted_nll",
     "in_batches",
     "inception_fid",
+    "mixing",
     "mode_count",
     "mode_quality",
     "parzen_log_likelihood",
