@@ -69,6 +69,12 @@ class Trained(Recipe):
         )
 
 
+def together(trainings: Sequence[Training]) -> Training:
+    """Several trainings of one run as one, without a history: times and rows add up, parameters are the first one's."""
+    sums = {name: sum(getattr(t, name) for t in trainings) for name in ("seconds", "processor_seconds", "rows")}
+    return Training({}, **sums, parameters=trainings[0].parameters)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one seed of a study gave.
