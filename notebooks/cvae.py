@@ -47,17 +47,17 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
-import time
+import dataclasses
 
 import matplotlib.pyplot as plt
 import torch
 
-from gae_core import data, metrics, plots, train
+from gae_core import data, metrics, plots
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.metrics import importance_weighted_nll
 from gae_core.models.cvae import quadrant_mask
+from gae_core.studies import completion, judge
 from gae_core.studies import cvae as study
-from gae_core.studies.judge import classifier
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")
@@ -82,25 +82,27 @@ def seeded(seed):
 
 # %%
 epochs = {"short": 40 if few else 4, "full": 100}[SIZE]
+batch_size = 64 if few else 128
 models = {}
-for kind, title in (
-    ("beside", "label beside both networks"),
-    ("prior", "label in the prior's mean"),
+for name, title in (
+    ("cvae", "label beside both networks"),
+    ("cvae_prior_mean", "label in the prior's mean"),
 ):
-    start = time.perf_counter()
-    model = study.build(images.shape, 10, kind=kind, beta=2.0, seed=0)
-    how = {
-        "epochs": epochs,
-        "batch_size": 64 if few else 128,
-        "lr": 2e-3,
-        "schedule": lambda t: 1 - t,
-    }
-    history = train.fit(model, x, y, seed=0, progress=False, **how).history
+    recipe = dataclasses.replace(
+        study.recipe(name, images.name, SIZE),
+        beta=2.0,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    model = study.build(recipe, images.shape, seed=0)
+    training = recipe.fit(model, x, y, seed=0)
     models[title] = model.cpu()
-    loss, kl = (float(history[name][-50:].mean()) for name in ("total", "kl"))
+    loss, kl = (
+        float(training.history[term][-50:].mean()) for term in ("total", "kl")
+    )
     print(
         f"{title:<28} loss {loss:6.1f}, divergence {kl:5.2f} nats, "
-        f"{time.perf_counter() - start:.0f} s"
+        f"{training.seconds:.0f} s"
     )
 
 # %% tags=["nbval-check-output"]
@@ -120,12 +122,12 @@ grids = {
 figure = plots.image_panels(grids, columns=10, per_row=2, size=4)
 
 # %%
-judge = classifier(images)
+classifier = judge.classifier(images)
 many = torch.arange(10).repeat_interleave(200)
 shares = {}
 for title, model in models.items():
     labels = metrics.in_batches(
-        judge, model.sample(2000, many, generator=seeded(1))
+        classifier, model.sample(2000, many, generator=seeded(1))
     ).argmax(1)
     shares[title] = float((labels == many).double().mean())
     print(
@@ -211,22 +213,21 @@ assert abs(saved - half) < 1e-3 * half  # an identity: rounding alone
 # a code whose prior sees the quadrant. Predict how their pictures differ.
 
 # %%
-mask = quadrant_mask(*images.shape[1:], study.OBSERVED[1])
-(missing, seen), (missing_test, seen_test) = (
-    study.halves(v, mask) for v in (x, images.x_test[:500])
+recipe = dataclasses.replace(
+    completion.recipe(1, images.name, SIZE),
+    dim=20,
+    epochs={"short": 30 if few else 4, "full": 60}[SIZE],
+    batch_size=batch_size,
+    schedule="constant",
 )
-plain, completer = study.completion(seen.shape[1], missing.shape[1], seed=0, dim=20)
-rounds = {"short": 30 if few else 4, "full": 60}[SIZE]
-for network in (plain, completer):
-    start = time.perf_counter()
-    how = {
-        "epochs": rounds,
-        "batch_size": 64 if few else 128,
-        "lr": 1e-3,
-        "progress": False,
-    }
-    train.fit(network, missing, seen, **how)
-    print(f"{type(network).__name__:<14} {time.perf_counter() - start:.0f} s")
+mask = quadrant_mask(*images.shape[1:], recipe.observed)
+(missing, seen), (missing_test, seen_test) = (
+    completion.halves(v, mask) for v in (x, images.x_test[:500])
+)
+plain, completer = completion.build(recipe, images.shape, seed=0)
+for seed, network in enumerate((plain, completer)):
+    training = recipe.fit(network, missing, seen, seed=seed)
+    print(f"{type(network).__name__:<14} {training.seconds:.0f} s")
 plain, completer = plain.cpu(), completer.cpu()
 
 # %%

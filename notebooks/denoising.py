@@ -54,7 +54,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from gae_core import data, experiments, metrics, nets, plots, train
+from gae_core import data, metrics, nets, plots, train
 from gae_core.models.denoising import (
     ContractiveAutoencoder,
     DenoisingAutoencoder,
@@ -62,7 +62,7 @@ from gae_core.models.denoising import (
     salt_and_pepper,
 )
 from gae_core.models.local_linear import fit_local_linear
-from gae_core.studies.denoising import mixing
+from gae_core.studies import judge
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")
@@ -319,21 +319,21 @@ runs = {
     name: m.chain(held_out[:500], 40, generator=seeded(1))[0]
     for name, m in models.items()
 }
-judge = experiments.classifier(images)
+classifier = judge.classifier(images)
 labels = {
-    name: metrics.in_batches(judge, x.flatten(0, 1)).argmax(1).view(40, -1)
+    name: metrics.in_batches(classifier, x.flatten(0, 1)).argmax(1).view(40, -1)
     for name, x in runs.items()
 }
-origin = metrics.in_batches(judge, held_out[:500]).argmax(1)
-real = metrics.in_batches(judge.features, held_out)
+origin = metrics.in_batches(classifier, held_out[:500]).argmax(1)
+real = metrics.in_batches(classifier.features, held_out)
 found, worth = {}, {}
 for name, x in runs.items():
-    fake = metrics.in_batches(judge.features, x[[19, 39]].flatten(0, 1))
+    fake = metrics.in_batches(classifier.features, x[[19, 39]].flatten(0, 1))
     found[name] = (
         metrics.frechet_distance(fake, real),
         float((labels[name][-1] != origin).double().mean()),
     )
-    worth[name] = mixing(labels[name], int(images.y_train.max()) + 1).ess
+    worth[name] = metrics.mixing(labels[name], int(images.y_train.max()) + 1).ess
     print(
         f"{name:<18} Fréchet {found[name][0]:8.1f}, another label after 40 steps: "
         f"{found[name][1]:.0%}",

@@ -58,14 +58,17 @@ from gae_core.metrics import importance_weighted_nll
 from gae_core.models.image_prior import Hourglass, ImagePrior, psnr
 from gae_core.models.vae import VAE
 from gae_core.studies import judge
-from gae_core.studies.image_prior import LR, NETS, SIGMA, observe, photograph
+from gae_core.studies.image_prior import SIGMA, SIZES, Recipe, observe, photograph
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")
 SIDE, READ, STEPS = (64, 250, 500) if SIZE == "short" else (256, 1800, 4000)
-inputs, widths, skips = (16, (16, 32), (4, 4)) if SIZE == "short" else NETS["full"]
+inputs, widths, skips = (
+    (16, (16, 32), (4, 4)) if SIZE == "short" else SIZES["full"][1:4]
+)
 OPTIONS = {"input_noise": 0.01, "average": 0.98} if SIZE == "short" else {}
-FIT = {"batch_size": 1, "lr": 3 * LR if SIZE == "short" else LR, "progress": False}
+LR = 3 * Recipe.lr if SIZE == "short" else Recipe.lr
+FIT = {"batch_size": 1, "lr": LR, "progress": False}
 images = data.example_images()
 print(f"size: {SIZE}, device: {device}")
 
@@ -93,7 +96,7 @@ def prior(seed, degrade=None):
 
 # %%
 clean = photograph("flower", SIDE)
-noisy, _ = observe("denoising", clean, seed=13)
+noisy, _ = observe("denoising", clean, generator=seeded(13))
 model, curve, kept, last = prior(0), [], {}, []
 
 
@@ -287,7 +290,7 @@ legend = ax.legend()
 # seen neighbours. Predict: which is better?
 
 # %%
-seen, degrade = observe("inpainting", clean, seed=6)
+seen, degrade = observe("inpainting", clean, generator=seeded(6))
 hole = (seen == 0).all(1, keepdim=True)
 filler = prior(1, degrade)
 train.fit(filler, seen, epochs=READ, **FIT)

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from gae_core import seeds
+
 
 def assert_z(values, expected: float, bound: float = 4.0) -> None:
     """Assert that the mean of independent replicates agrees with its expected value.
@@ -32,3 +34,23 @@ def assert_z(values, expected: float, bound: float = 4.0) -> None:
     z = (values.mean() - float(expected)) / error
     message = f"mean {values.mean():.6g} ± {error:.2g} against {float(expected):.6g}: z = {z:.2f}"
     assert abs(z) <= bound, message + f", beyond {bound}"
+
+
+def numbers_of(outcome) -> tuple:
+    """What an outcome of a study measured, its curves, and the history of its training: what repeats, if all does."""
+    history = {name: values.tolist() for name, values in outcome.training.history.items()}
+    return dict(outcome.metrics), dict(outcome.curves), history
+
+
+def begun_states(monkeypatch, study) -> list[int]:
+    """A list that will have the seed of each state of randomness that is begun from now on, in the order of its use."""
+    begun, seed_of = [], seeds.seed_of
+
+    def watched(seed, name, *index):
+        begun.append(seed_of(seed, name, *index))
+        return begun[-1]
+
+    monkeypatch.setattr(seeds, "seed_of", watched)
+    if hasattr(study, "seed_of"):
+        monkeypatch.setattr(study, "seed_of", watched)
+    return begun

@@ -1,22 +1,27 @@
 """The conditional VAE: its bound, what a label is worth, where it can enter, and what a code adds to a completion."""
 
+import dataclasses
+import functools
 import json
 import math
-import types
 
 import mpmath as mp
 import numpy as np
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z
+from helpers import assert_z, begun_states, numbers_of
 
 from gae_core import data, metrics, nets, train
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.metrics import importance_weighted_nll
 from gae_core.models.cvae import CVAE, Beside, FactorisedNet, LabelPriorVAE, quadrant_mask
+from gae_core.seeds import seed_of
+from gae_core.studies import completion
 from gae_core.studies import cvae as study
 from gae_core.studies.cvae import codes_of_classes
+from gae_core.studies.study import Trained
+from gae_core.train import Training
 
 
 def finite(seed=0, x=4, y=3, z=5):
@@ -354,12 +359,12 @@ def test_codes_asked_for_have_the_distribution_of_their_class():
             return x[:, :2] + 10 * y[:, None], torch.full((len(x), 2), math.log(0.5))
 
     asked = torch.tensor([2, 0]).repeat_interleave(n)
-    z = codes_of_classes(Linear(), x, y, asked, seed=0)
+    z = codes_of_classes(Linear(), x, y, asked, components=10, rows=200, seed=0)
     for label in (0, 2):
         for coordinate in z[asked == label].T:
             assert_z(coordinate - 10 * label, 0.5, bound=4 * math.sqrt(2))
             assert_z((coordinate - coordinate.mean()).square(), 0.5 + 1 / 12, bound=4 * math.sqrt(2))
-    torch.testing.assert_close(z, codes_of_classes(Linear(), x, y, asked, seed=0))
+    torch.testing.assert_close(z, codes_of_classes(Linear(), x, y, asked, components=10, rows=200, seed=0))
 
 
 def test_the_network_without_a_code():
@@ -450,31 +455,41 @@ class Nearest(torch.nn.Module):
         return -torch.cdist(x.flatten(1), self.means)
 
 
-@pytest.mark.parametrize("codes", ["prior", "a mixture"])
+@pytest.mark.parametrize("codes", ["prior", "mixture"])
 def test_what_a_study_of_classes_measures_of_a_known_model(codes, monkeypatch):
-    n = study.DRAWN["short"][0] // 3
+    recipe = dataclasses.replace(study.recipe("cvae_beta1", "digits", "short"), codes=codes, classes=3)
+    n = recipe.drawn // 3
     x_train, y_train = patterns(400, scale=5.0)
     x_test, y_test = (part[:-50] for part in patterns(100, scale=3.0))  # half as many of the last class
     images = data.Images("patterns", x_train, y_train, x_test, y_test)
-    trained, asked = [], []
+    trained, asked, seeds, judged = [], [], [], []
 
-    def fit(model, x, y, **how):
-        trained.append((x, y, how))
+    def fit(model, x, y, *, epochs, seed, **options):
+        assert judged, "trained before there is a classifier"
+        trained.append((x, y, epochs))
+        seeds.append(seed)
         if isinstance(model, Nearest):  # it learns the means of what it is shown
             model.means = torch.stack([x[y == k].mean(0) for k in range(3)]).flatten(1)
+        return Training({}, 1.0, 1.0, rows=epochs * len(x), parameters=1)
 
-    def from_mixtures(model, x, y, labels, *, seed):
-        asked.append((x, y, labels))
+    def classifier(images):
+        judged.append(images)
+        return Nearest(patterns(1, scale=0.0)[0].flatten(1))
+
+    def from_mixtures(model, x, y, labels, *, components, rows, seed):
+        asked.append((x, y, labels, components, rows))
         return torch.zeros(len(labels), 2)
 
     monkeypatch.setattr(study.data, "load", lambda name: images)
-    monkeypatch.setattr(study, "build", lambda *a, **k: KnownModel())
-    monkeypatch.setattr(study, "classifier", lambda images: Nearest(patterns(1, scale=0.0)[0].flatten(1)))
-    monkeypatch.setattr(study, "Classifier", lambda shape, classes: Nearest())
+    monkeypatch.setattr(study, "build", lambda *a: KnownModel())
+    monkeypatch.setattr(study.judge, "classifier", classifier)
+    monkeypatch.setattr(study.judge, "about", lambda images: {"data": images.name, "accuracy": 0.75})
+    monkeypatch.setattr(study.judge, "Classifier", lambda shape, classes: Nearest())
     monkeypatch.setattr(study, "codes_of_classes", from_mixtures)
-    monkeypatch.setattr(study, "train", types.SimpleNamespace(fit=fit))
-    outcome = study._classes("patterns", "short", 0, torch.device("cpu"), kind="beside", beta=1.0, codes=codes)
+    monkeypatch.setattr(train, "fit", fit)
+    outcome = study.run(recipe, "patterns", 0, torch.device("cpu"))
     found = outcome.metrics
+    assert outcome.classifier == {"data": "patterns", "accuracy": 0.75}
 
     assert found["share of the label asked for"] == pytest.approx(2 / 3)
     assert found["the same of reconstructions"] == 1
@@ -492,8 +507,9 @@ def test_what_a_study_of_classes_measures_of_a_known_model(codes, monkeypatch):
     assert found["diversity over that of reconstructions"] == pytest.approx(ratio)
 
     # The first training is the model's, on all training images; two classifiers follow, on samples and on real images.
-    (x, y, how), (drawn, labels, _), (real, of_real, _) = trained
-    assert x is x_train and y is y_train and how["epochs"] == study.EPOCHS["short"] == outcome.samples / len(x)
+    (x, y, epochs), (drawn, labels, rounds), (real, of_real, again) = trained
+    assert x is x_train and y is y_train and epochs == recipe.epochs == outcome.training.rows / len(x)
+    assert rounds == again == recipe.student.epochs and len(set(seeds)) == 3
     assert len(drawn) == len(real) == 3 * n and torch.equal(labels, torch.arange(3).repeat_interleave(n))
     torch.testing.assert_close(drawn, KnownModel().decode(None, labels))
     moved = real[:, 0, 3, 0]
@@ -509,7 +525,8 @@ def test_what_a_study_of_classes_measures_of_a_known_model(codes, monkeypatch):
     if codes == "prior":
         assert not asked
     else:
-        ((x, y, labels),) = asked
+        ((x, y, labels, *sizes),) = asked
+        assert sizes == [recipe.components, recipe.rows]
         assert torch.equal(x, x_train) and torch.equal(y, y_train) and torch.equal(labels, labels.sort().values)
 
 
@@ -517,9 +534,9 @@ def test_the_diversity_is_within_classes():
     """Copies of one image a class have none, however far the classes are apart."""
     y = torch.arange(5).repeat(20)
     x = y[:, None].float().expand(-1, 3)
-    assert study._diversity(x, y) == 0
+    assert study.diversity(x, y) == 0
     x = x + torch.tensor([[0.0, 0.0, 2.0]]) * (torch.arange(100) < 50)[:, None]  # two of each class, 2 apart
-    assert study._diversity(x, y) == pytest.approx(2 * 100 / 190)
+    assert study.diversity(x, y) == pytest.approx(2 * 100 / 190)
 
 
 def test_what_a_study_of_completions_measures_of_known_networks(monkeypatch):
@@ -536,9 +553,12 @@ def test_what_a_study_of_completions_measures_of_known_networks(monkeypatch):
         return x
 
     x_train = torch.cat([of(1.0, 900), of(0.1, 100)])  # the last tenth is held back
-    x_test, none = of(0.8, study.TEST["short"][0]), torch.zeros(0, dtype=torch.int64)
+    recipe = completion.recipe(1, "mnist", "short")
+    recipe = dataclasses.replace(recipe, epochs=2, without_code=dataclasses.replace(recipe.without_code, epochs=3))
+    none = torch.zeros(0, dtype=torch.int64)
+    x_test = torch.cat([of(0.8, recipe.test_images), of(0.0, 50)])  # the first of them are measured
     images = data.Images("shares", x_train, none, x_test, none)
-    trained = []
+    trained, seeds = [], []
 
     def constant(width_in, width_out):
         network = torch.nn.Linear(width_in, width_out)
@@ -546,23 +566,24 @@ def test_what_a_study_of_completions_measures_of_known_networks(monkeypatch):
         torch.nn.init.zeros_(network.bias)
         return network
 
-    def completion(seen, rest, *, seed):
-        assert (seen, rest) == (4, 12)
-        encoder, decoder = constant(seen + rest, 4), constant(2 + seen, rest)
-        return FactorisedNet(constant(seen, rest)), CVAE(Beside(encoder), Beside(decoder), 2, prior=constant(seen, 4))
+    def build(recipe, shape, seed):
+        assert shape == (1, 4, 4) and recipe.observed == ("bottom left",)
+        encoder, decoder = constant(16, 4), constant(2 + 4, 12)
+        return FactorisedNet(constant(4, 12)), CVAE(Beside(encoder), Beside(decoder), 2, prior=constant(4, 4))
 
-    def fit(network, x, y, *, epochs, callback, **how):
+    def fit(network, x, y, *, epochs, callback, seed, **options):
         trained.append((x, y, epochs))
+        seeds.append(seed)
         last = network.network if isinstance(network, FactorisedNet) else network.decoder.network
         for epoch, value in enumerate(logits):
             torch.nn.init.constant_(last.bias, value)
             callback(network, epoch)
+        return Training({}, 1.0, 2.0, rows=epochs * len(x), parameters=len(last.bias))
 
-    monkeypatch.setattr(study.data, "load", lambda name: images)
-    monkeypatch.setattr(study, "completion", completion)
-    monkeypatch.setattr(study, "train", types.SimpleNamespace(fit=fit))
-    monkeypatch.setitem(study.COMPLETION_EPOCHS, "short", (3, 2))
-    outcome = study._completion("shares", "short", 0, torch.device("cpu"), quadrants=1)
+    monkeypatch.setattr(completion.data, "load", lambda name: images)
+    monkeypatch.setattr(completion, "build", build)
+    monkeypatch.setattr(train, "fit", fit)
+    outcome = completion.run(recipe, "shares", 0, torch.device("cpu"))
 
     def loss(share, logit):
         """Of twelve pixels, a share of them white."""
@@ -574,28 +595,146 @@ def test_what_a_study_of_completions_measures_of_known_networks(monkeypatch):
     names = ("NLL without a code", "NLL, importance weighted", "negative bound", "NLL, by draws from the prior")
     assert [outcome.metrics[name] for name in names] == pytest.approx([loss(0.8, best)] * 4, rel=1e-5)
     assert outcome.metrics["gain of the code"] == pytest.approx(0, abs=1e-4)
-    assert [epochs for *_, epochs in trained] == [3, 2] and outcome.samples == 5 * 900
+    assert [epochs for *_, epochs in trained] == [3, 2] and seeds[0] != seeds[1]
+    both = outcome.training
+    assert (both.rows, both.seconds, both.processor_seconds) == (5 * 900, 2.0, 4.0)
     for x, y, _ in trained:
         assert len(x) == len(y) == 900 and x.min() == y.min() == 1
 
 
+def by_means(images):
+    """A classifier by the means of the training images of each class."""
+    x = data.to_unit(images.x_train)
+    labels = images.y_train.unique()
+    return Nearest(torch.stack([x[images.y_train == k].mean(0) for k in labels]).flatten(1))
+
+
 @pytest.mark.parametrize("name", ["cvae", "cvae_mixture", "cvae_prior_mean", "completion_2"])
 def test_a_study_runs(name, monkeypatch):
-    def judge(images):
-        x = data.to_unit(images.x_train)
-        return Nearest(torch.stack([x[images.y_train == k].mean(0) for k in range(10)]).flatten(1))
-
-    monkeypatch.setattr(study, "classifier", judge)
-    outcome = study.STUDIES[name].run("digits", "short", 0, torch.device("cpu"))
-    settings = study.STUDIES[name].settings("digits", "short")
+    monkeypatch.setattr(study.judge, "classifier", by_means)
+    chosen = (study.STUDIES | completion.STUDIES)[name]
+    recipe = chosen.recipe("digits", "short")
+    outcome, settings = chosen.run(recipe, "digits", 0, torch.device("cpu")), recipe.settings()
+    assert chosen.topic == "cvae" and chosen.build is None  # whose training needs labels
     assert json.dumps(settings) and all(math.isfinite(v) for v in outcome.metrics.values())
     if name == "completion_2":
         assert outcome.metrics["NLL, importance weighted"] < 32 * math.log(2), "worse than coins"
-        epochs = settings["epochs"] + settings["epochs without a code"]
-        assert outcome.samples == epochs * (1347 - 134) and outcome.curves.keys() == {
-            "held-back loss, plain",
-            "held-back loss, cvae",
-        }
+        epochs = settings["epochs"] + settings["without a code"]["epochs"]
+        assert outcome.training.rows == epochs * ((1347 - 134) // 128 * 128)
+        assert outcome.curves.keys() == {"held-back loss, plain", "held-back loss, cvae"}
+        _, with_code = completion.build(recipe, (1, 8, 8), 0)
+        assert outcome.training.parameters == sum(p.numel() for p in with_code.parameters())
     else:
-        assert outcome.samples == settings["epochs"] * 1347
+        assert outcome.training.rows == settings["epochs"] * (1347 // 128 * 128)
         assert outcome.metrics["accuracy trained on as many real images"] > 0.3
+
+
+def test_unknown_studies_are_named():
+    for make, message in (
+        (lambda: study.recipe("cvea", "mnist", "short"), "name must be one of cvae, .* got 'cvea'"),
+        (lambda: study.recipe("cvae", "mnist", "tiny"), "size must be one of short, .* got 'tiny'"),
+        (lambda: completion.recipe(4, "mnist", "short"), "quadrants must be one of 1, 2, 3, got 4"),
+        (lambda: completion.recipe(1, "mnist", "tiny"), "size must be one of short, .* got 'tiny'"),
+        (lambda: study.Recipe(kind="below", beta=1.0, drawn=10), 'kind must be "beside" or "prior", got \'below\''),
+        (lambda: study.Recipe(kind="prior", beta=1.0, drawn=10, codes="x"), 'codes must be "prior" or "mixture"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def noisy_patterns():
+    """Few images of three classes, so that a study runs in a moment."""
+    x_train, y_train = patterns(20)
+    x_test, y_test = patterns(8)
+    generator = torch.Generator().manual_seed(0)
+    x_train, x_test = ((x + 0.5 * torch.rand(x.shape, generator=generator)).clamp(0, 1) for x in (x_train, x_test))
+    return data.Images("patterns", x_train, y_train, x_test, y_test)
+
+
+TRAINING = {  # what may be changed in any training
+    "epochs": 3,
+    "batch_size": 7,
+    "lr": 1e-3,
+    "schedule": "constant",
+    "optimizer": "sgd",
+    "betas": (0.5, 0.9),
+    "clip": 0.01,
+}
+STUDENT = Trained(epochs=2, batch_size=10)
+CLASSES = study.Recipe(
+    kind="beside",
+    beta=1.0,
+    classes=3,
+    hidden=(8,),
+    dim=2,
+    drawn=40,
+    rows=5,
+    components=2,
+    epochs=2,
+    batch_size=10,
+    student=STUDENT,
+)
+MISSING = completion.Recipe(
+    epochs=2, batch_size=9, without_code=STUDENT, observed=("top left",), width=8, dim=2, test_images=6, samples=4
+)
+CHANGES = {  # of the training, and of what is measured after it
+    study: (
+        TRAINING | {"kind": "prior", "beta": 2.0, "dim": 3, "hidden": (9,), "classes": 4},
+        {"codes": "mixture", "components": 1, "rows": 20, "drawn": 60, "student": Trained(epochs=3, batch_size=10)},
+    ),
+    completion: (
+        TRAINING
+        | {
+            "lr": 2e-3,
+            "without_code": dataclasses.replace(STUDENT, schedule="constant"),
+            "observed": ("top left", "top right"),
+            "width": 9,
+            "dim": 3,
+            "threshold": 0.7,
+            "held_back": 0.2,
+        },
+        {"test_images": 5, "samples": 6},
+    ),
+}
+
+
+@functools.cache
+def numbers_of_run(module, recipe):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.data, "load", lambda name: noisy_patterns())
+        patch.setattr(study.judge, "classifier", by_means)
+        return numbers_of(module.run(recipe, "patterns", 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "field"),
+    [
+        (module, base, field.name)
+        for module, base in ((study, CLASSES), (completion, MISSING))
+        for field in dataclasses.fields(base)
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_recipe_says_is_what_is_run_and_recorded(module, base, field):
+    if field in ("components", "rows"):
+        base = dataclasses.replace(base, codes="mixture")
+    trains, measures = CHANGES[module]
+    changed = dataclasses.replace(base, **{field: (trains | measures)[field]})
+    before, after = base.settings(), changed.settings()
+    assert len([key for key in before if before[key] != after[key]]) == 1
+    (metrics_, curves, history), other = numbers_of_run(module, base), numbers_of_run(module, changed)
+    assert metrics_ != other[0]
+    assert ((curves, history) != other[1:]) == (field in trains)
+
+
+def test_no_two_uses_of_a_seed_share_a_state(monkeypatch):
+    monkeypatch.setattr(study.data, "load", lambda name: noisy_patterns())
+    monkeypatch.setattr(study.judge, "classifier", by_means)
+    for module, recipe in ((study, dataclasses.replace(CLASSES, codes="mixture")), (completion, MISSING)):
+        begun = begun_states(monkeypatch, module)
+        module.run(recipe, "patterns", 3, torch.device("cpu"))
+        if module is completion:  # the noise on the rows held back, after each of two epochs of two networks
+            fixed = seed_of(0, "data")
+            assert begun.count(fixed) == 4
+            begun = [state for state in begun if state != fixed]
+        assert len(begun) == len(set(begun)) > 5

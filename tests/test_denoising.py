@@ -1,5 +1,7 @@
 """Denoising: the chain on finite spaces, Tweedie's identity, score matching, walkback, contraction, Parzen."""
 
+import dataclasses
+import functools
 import itertools
 import math
 
@@ -8,11 +10,12 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z
+from helpers import assert_z, begun_states, numbers_of
 
 from gae_core import data, metrics, nets, train
 from gae_core.models.denoising import ContractiveAutoencoder, DenoisingAutoencoder, gaussian_noise, salt_and_pepper
 from gae_core.studies import denoising as studies
+from gae_core.train import Training
 
 
 def finite(seed=0, states=5):
@@ -512,7 +515,7 @@ def test_the_mixing_of_two_states_in_closed_form():
 @pytest.mark.checks("eq-denoising-two-state", how="statistical")
 @pytest.mark.parametrize(("a", "b"), [(0.1, 0.3), (0.5, 0.5), (0.02, 0.02)])
 def test_mixing_measures_that_of_two_states(a, b):
-    found = [studies.mixing(two_states(a, b, 2000, 50, seed), 2) for seed in range(10)]
+    found = [metrics.mixing(two_states(a, b, 2000, 50, seed), 2) for seed in range(10)]
     assert_z([f.stay for f in found], (a + b) / (2 * a * b))
     expected = 1000 * (a + b) / (2 - a - b)
     # the sum of correlations is cut where noise begins, which costs some per cent
@@ -524,17 +527,17 @@ def test_mixing_measures_that_of_two_states(a, b):
 
 def test_mixing_of_chains_that_stay_and_of_classes_that_nobody_enters():
     stuck = torch.arange(10).repeat(100, 3)
-    found = studies.mixing(stuck, 10)
+    found = metrics.mixing(stuck, 10)
     assert found.ess == 0 and found.stay == 99 * 30 and found.entropy == pytest.approx(math.log(10))
     labels = two_states(0.5, 0.5, 500, 20, 0)
-    assert studies.mixing(labels, 10).ess == pytest.approx(studies.mixing(labels, 2).ess / 5)
+    assert metrics.mixing(labels, 10).ess == pytest.approx(metrics.mixing(labels, 2).ess / 5)
     late = torch.zeros(101, 4, dtype=torch.long)  # between the halves, where no half of a chain has seen it move
     late[51:] = 1
     late[50] = 0
-    assert studies.mixing(late, 2).ess == 0
+    assert metrics.mixing(late, 2).ess == 0
     for bad in (labels[:7], labels[:, 0], labels + 1, labels - 1):
         with pytest.raises(ValueError, match="labels must be"):
-            studies.mixing(bad, 2)
+            metrics.mixing(bad, 2)
 
 
 class Counter:
@@ -552,8 +555,13 @@ def of_value(x):
     return torch.nn.functional.one_hot(label, 40) * (1.0 + label[:, None])
 
 
+def walk_of(**lengths):
+    """A recipe of chains that have no network to be trained."""
+    return studies.Recipe(hidden=1, walkback=1, **lengths)
+
+
 def test_the_burn_in_does_not_count_and_every_tenth_image_is_kept():
-    size = studies.Size(hidden=1, epochs=1, chains=7, burn_in=10, steps=20, every=5)
+    size = walk_of(chains=7, burn_in=10, steps=20, every=5)
     first = torch.zeros(7, 1, 2, 2)
     walk = studies.follow(Counter(), first, of_value, size, generator=torch.Generator())
     steps = torch.arange(11, 31)  # the eleventh step is the first after ten of burn-in
@@ -562,7 +570,7 @@ def test_the_burn_in_does_not_count_and_every_tenth_image_is_kept():
     torch.testing.assert_close(walk.confidence, belief[:, None].expand(20, 7).float(), rtol=1e-5, atol=1e-6)
     assert walk.means[:, 0, 0, 0, 0].tolist() == [15, 20, 25, 30]
     assert walk.samples[:, 6, 0, 1, 1].tolist() == [15.5, 20.5, 25.5, 30.5]
-    assert walk.shown.shape == (7, 5, 1, 2, 2) and walk.shown[:, 0, 0, 0, 0].tolist() == [0, 1, 6, 11, 16, 21, 26]
+    assert walk.course.shape == (7, 5, 1, 2, 2) and walk.course[:, 0, 0, 0, 0].tolist() == [0, 1, 6, 11, 16, 21, 26]
 
 
 class TwoStates:
@@ -581,14 +589,14 @@ class TwoStates:
 def test_a_run_measures_chains_with_a_known_answer():
     """All chains start in one state; after the burn-in they have forgotten it, and the share is a / (a + b)."""
     a, b = TwoStates.a, TwoStates.b
-    size = studies.Size(hidden=1, epochs=1, chains=100, burn_in=60, steps=600, every=10)
+    size = walk_of(chains=100, burn_in=60, steps=600, every=10)
     judge = lambda x: torch.stack([x.flatten(1)[:, 0] < 0.5, x.flatten(1)[:, 0] > 0.5], 1).float()  # noqa: E731
     shares, found = [], []
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
         walk = studies.follow(TwoStates(), torch.ones(100, 1, 1, 1), judge, size, generator=generator)
         shares.append(float(walk.labels[:10].double().mean()))  # where a burn-in that counts would show
-        found.append(studies.mixing(walk.labels, 2))
+        found.append(metrics.mixing(walk.labels, 2))
     assert_z(shares, a / (a + b))
     assert np.mean([f.ess for f in found]) == pytest.approx(1000 * (a + b) / (2 - a - b), rel=0.07)
     assert_z([f.stay for f in found], (a + b) / (2 * a * b))
@@ -612,6 +620,15 @@ def test_chains_start_at_test_images_and_are_compared_with_them(monkeypatch):
         def features(self, x):
             return x.flatten(1)
 
+    def judge(images):
+        seen["judged"] = True
+        return Judge()
+
+    def fit(model, x, y=None, **options):
+        assert seen["judged"], "trained before there is a classifier"
+        seen["trained on"] = x
+        return Training({}, 1.0, 1.0, rows=len(x), parameters=1)
+
     def watched(model, first, *args, **options):
         seen["first"] = first
         return follow(model, first, *args, **options)
@@ -621,20 +638,107 @@ def test_chains_start_at_test_images_and_are_compared_with_them(monkeypatch):
         return parzen(samples, x, width=width)
 
     monkeypatch.setattr(studies.data, "load", lambda name: images)
-    monkeypatch.setattr(studies, "classifier", lambda images: Judge())
+    monkeypatch.setattr(studies.judge, "classifier", judge)
+    monkeypatch.setattr(studies.judge, "about", lambda images: {"data": images.name, "accuracy": 0.75})
     monkeypatch.setattr(studies, "follow", watched)
-    monkeypatch.setattr(studies.train, "fit", lambda model, x, **options: seen.setdefault("trained on", x))
+    monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(studies.metrics, "parzen_log_likelihood", parzen_of)
     monkeypatch.setattr(
         studies.metrics, "frechet_distance", lambda a, b: float(seen.setdefault("real", []).append(b) or b.mean())
     )
-    outcome = studies.STUDIES["dae_walkback5"].run("digits", "short", 0, torch.device("cpu"))
+    recipe = studies.recipe("dae_walkback5", "digits", "short")
+    outcome = studies.run(recipe, "digits", 0, torch.device("cpu"))
     studies.plots.plt.close(outcome.figure)
+    assert outcome.classifier == {"data": "digits", "accuracy": 0.75} and outcome.training.rows == 1200
     assert torch.equal(seen["first"], torch.ones(20, 1, 8, 8)) and seen["trained on"].max() == 0
     assert len(seen["real"]) == 4 and all((b == 1).all() for b in seen["real"])  # the features of test images
     chosen, told = ([c for c in compared if c[1] == white] for white in (0, 1))
-    assert len(chosen) == 2 * len(studies.WIDTHS) and {c[2] for c in chosen} == {1000}  # the width on training images
+    assert len(chosen) == 2 * len(recipe.widths) and {c[2] for c in chosen} == {1000}  # the width on training images
     assert len(told) == 2 and {c[2] for c in told} == {60}
+
+
+def test_the_long_training_has_as_many_network_evaluations():
+    for size in studies.SIZES:
+        plain, long, walk = (studies.recipe(name, "mnist", size) for name in studies.VARIANTS)
+        assert dataclasses.replace(long, epochs=plain.epochs) == plain == dataclasses.replace(walk, walkback=1)
+        assert long.epochs == walk.epochs * walk.walkback > plain.epochs
+    for name, size, message in (
+        ("dae", "short", "name must be one of dae_walkback1, "),
+        ("dae_walkback1", "tiny", "size must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            studies.recipe(name, "mnist", size)
+
+
+# A recipe is what is run, on few images of three classes.
+
+BASE = studies.Recipe(
+    epochs=2,
+    batch_size=10,
+    hidden=8,
+    walkback=2,
+    chains=6,
+    burn_in=2,
+    steps=10,
+    every=5,
+    held=4,
+    widths=tuple(k / 50 for k in range(2, 60)),
+)
+TRAINS = {
+    "epochs": 3,
+    "batch_size": 7,
+    "lr": 1e-3,
+    "schedule": "constant",
+    "optimizer": "sgd",
+    "betas": (0.5, 0.9),
+    "clip": 0.01,
+    "hidden": 9,
+    "walkback": 3,
+    "level": 0.3,
+    "threshold": 0.6,
+}
+MEASURES = {"chains": 7, "burn_in": 3, "steps": 12, "every": 4, "held": 30, "widths": (0.05,)}
+
+
+def few_images(name):
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(60) % 3
+    x = 0.7 * torch.rand(60, 1, 4, 4, generator=generator) + 0.3 * torch.nn.functional.one_hot(labels, 4)[:, None, None]
+    return data.Images(name, x[:40], labels[:40], x[40:], labels[40:])
+
+
+class ByColumn(torch.nn.Module):
+    """A classifier by the brightest of the first three columns, and the image as its own features."""
+
+    def forward(self, x):
+        return x.mean((1, 2))[:, :3]
+
+    def features(self, x):
+        return x.flatten(1)
+
+
+@functools.cache
+def numbers_of_run(recipe):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies.data, "load", few_images)
+        patch.setattr(studies.judge, "classifier", lambda images: ByColumn())
+        return numbers_of(studies.run(recipe, "few", 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(BASE)])
+def test_what_a_recipe_says_is_what_is_run_and_recorded(field):
+    changed = dataclasses.replace(BASE, **{field: (TRAINS | MEASURES)[field]})
+    before, after = BASE.settings(), changed.settings()
+    assert len([key for key in before if before[key] != after[key]]) == 1
+    (metrics_, _, history), (other, _, its_history) = numbers_of_run(BASE), numbers_of_run(changed)
+    assert metrics_ != other and (history != its_history) == (field in TRAINS)
+
+
+def test_no_two_uses_of_a_seed_share_a_state(monkeypatch):
+    monkeypatch.setattr(studies.data, "load", few_images)
+    monkeypatch.setattr(studies.judge, "classifier", lambda images: ByColumn())
+    begun = begun_states(monkeypatch, studies)
+    studies.run(BASE, "few", 3, torch.device("cpu"))
+    assert len(begun) == len(set(begun)) == 6  # weights; order and noise; chains; corruption; choice of real images
 
 
 # The model.

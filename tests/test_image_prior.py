@@ -1,5 +1,7 @@
 """Image priors: early stopping, averages, the network and its records; maximal activation with and without log q(x)."""
 
+import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -10,13 +12,15 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z
+from helpers import assert_z, begun_states
 from scipy import optimize
 
-from gae_core import recording, records, train
+from gae_core import records, train
 from gae_core.chains import mala
 from gae_core.models.image_prior import Hourglass, ImagePrior, psnr
+from gae_core.seeds import seed_of, stream
 from gae_core.studies import image_prior as study
+from gae_core.studies import recording
 
 
 def prior(shape=(1, 16, 16), **options):
@@ -314,7 +318,7 @@ def test_the_most_likely_image_depends_on_the_coordinates_of_the_code_and_sample
 def test_a_network_that_ends_in_a_sigmoid_comes_near_the_observation_cut_off():
     """The largest value is minus the squared distance to the cut-off observation, and that still holds most noise."""
     clean = study.photograph("flower", 128)
-    noisy, _ = study.observe("denoising", clean, seed=0)
+    noisy, _ = study.observe("denoising", clean, generator=stream(0, "data"))
     cut = noisy.clamp(0, 1)
     logits = torch.zeros_like(noisy).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.3)
@@ -331,7 +335,8 @@ def test_a_network_that_ends_in_a_sigmoid_comes_near_the_observation_cut_off():
 
 def test_the_fixed_input_is_uniform_between_0_and_a_tenth():
     """The source says Gaussian noise, which is neither positive nor bounded."""
-    z = study.build(torch.Size((1, 3, 32, 32)), torch.nn.Identity(), size="medium", seed=0).z.double().flatten()
+    recipe = study.recipe("superresolution", "flower", "medium")
+    z = study.build(recipe, (1, 3, 32, 32), 0).z.double().flatten()
     assert 0 <= z.min() < 0.001 and 0.099 < z.max() <= 0.1
     assert_z(z, 0.05)
     assert_z(z.square(), 0.01 / 3)
@@ -362,27 +367,31 @@ def test_the_photographs_and_what_is_seen_of_them():
     assert clean.shape == (1, 3, 32, 32) and 0 <= clean.min() < clean.max() <= 1
     with pytest.raises(ValueError, match="side must be at most 147 for the crop 'tuning'"):
         study.photograph("tuning", 256)
-    noisy, _ = study.observe("denoising", study.photograph("flower", 128), seed=0)
+    noisy, _ = study.observe("denoising", study.photograph("flower", 128), generator=stream(0, "data"))
     assert psnr(noisy, study.photograph("flower", 128)) == pytest.approx(20.17, abs=0.05)
-    half, mask = study.observe("inpainting", clean, seed=1)
+    half, mask = study.observe("inpainting", clean, generator=stream(1, "data"))
     assert torch.equal(mask(clean), half) and 0.4 < float((half == 0).all(1).float().mean()) < 0.6
-    few, blocks = study.observe("superresolution", clean, seed=2)
+    fewer, _ = study.observe("inpainting", clean, strength=0.8, generator=stream(1, "data"))
+    assert 0.7 < float((fewer == 0).all(1).float().mean()) < 0.9
+    few, blocks = study.observe("superresolution", clean, generator=stream(2, "data"))
     assert few.shape == (1, 3, 8, 8) and torch.equal(blocks(clean), few)
     assert float(few[0, 0, 0, 0]) == pytest.approx(float(clean[0, 0, :4, :4].mean()), abs=1e-6)
     # The crops of figures and of settings do not overlap.
     (_, top, left), (_, other, aside) = study.CROPS["flower"], study.CROPS["tuning"]
-    side = study.SIDE["medium"]
+    side = study.recipe("denoising", "flower", "medium").side
     assert abs(top - other) >= side or abs(left - aside) >= side
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_each_study_runs_short(name, monkeypatch):
-    monkeypatch.setattr(study, "EVERY", 10)
-    monkeypatch.setattr(study, "tuned", lambda crop, side: (0.8, 3, 6))
-    outcome = study.STUDIES[name].run("flower", "short", 0, torch.device("cpu"))
-    settings = study.STUDIES[name].settings("flower", "short")
+    monkeypatch.setattr(study, "tuned", lambda crop, side, sigma: (0.8, 3, 6))
+    chosen = study.STUDIES[name]
+    recipe = dataclasses.replace(chosen.recipe("flower", "short"), every=10)
+    outcome, settings = chosen.run(recipe, "flower", 0, torch.device("cpu")), recipe.settings()
     runs = 2 if "two" in name else 1
-    assert outcome.samples == settings["epochs"] * runs and json.dumps(settings)
+    assert outcome.training.rows == settings["epochs"] * runs and json.dumps(settings)
+    model = study.build(recipe, (1, 3, 32, 32), 0)
+    assert outcome.training.parameters == sum(p.numel() for p in model.parameters()), "those of one network"
     assert len(outcome.curves["PSNR of the average, dB"]) == settings["epochs"] // 10
     read = [value for key, value in outcome.metrics.items() if "PSNR of average" in key]
     if name == "image_prior_denoising":
@@ -392,36 +401,111 @@ def test_each_study_runs_short(name, monkeypatch):
         assert outcome.metrics["PSNR of output, dB"] > outcome.curves["PSNR of the output, dB"][-1]
     if name == "image_prior_two_runs":
         assert outcome.metrics["PSNR of mean of the averages, dB"] > min(read)
+        alone = dataclasses.replace(study.recipe("denoising", "flower", "short"), every=10)
+        first = study.run(alone, "flower", 0, torch.device("cpu")).metrics["PSNR of average, dB"]
+        assert read[0] == first != read[1], "the first of two runs is that of the study with one"
+
+
+def box_muller(z, noise):
+    """Normal numbers in the shape of ``noise``, as torch makes them of uniform ones."""
+    first, second = z.flatten()[: noise.numel()].view(-1, 2, 8).double().unbind(1)
+    radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).view(noise.shape)
+
+
+def correlation(a, b):
+    return float(torch.corrcoef(torch.stack([a.double(), b.double()]).flatten(1))[0, 1])
 
 
 def test_the_networks_input_does_not_show_the_noise(monkeypatch):
-    """From one seed torch's normal and uniform numbers are functions of the same draws; a study has several seeds."""
-    clean = torch.zeros(1, 3, 32, 32)
-    noise = study.observe("denoising", clean, seed=0)[0] / study.SIGMA
-    same, other = (10 * study.build(clean.shape, lambda x: x, size="short", seed=seed).z for seed in (0, 1000))
+    """From one state torch's normal and uniform numbers are functions of the same draws; a study has several states."""
+    clean, recipe = torch.zeros(1, 3, 32, 32), study.recipe("two_runs", "flower", "short")
+    noise = study.observe("denoising", clean, generator=stream(0, "data"))[0] / study.SIGMA
+    same = torch.rand(1, 4, 32, 32, generator=stream(0, "data"))
+    assert correlation(box_muller(same, noise), noise) == pytest.approx(1, abs=1e-3)  # the trap
+    inputs, build = [], study.build
 
-    def box_muller(z):
-        first, second = z.flatten()[: noise.numel()].view(-1, 2, 8).double().unbind(1)
-        radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
-        return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).view(noise.shape)
+    def watched(*arguments):
+        inputs.append(build(*arguments).z / recipe.input_scale)
+        return build(*arguments)
 
-    def correlation(z):
-        return float(torch.corrcoef(torch.stack([box_muller(z), noise.double()]).flatten(1))[0, 1])
+    monkeypatch.setattr(study, "tuned", lambda crop, side, sigma: (0.8, 3, 6))
+    monkeypatch.setattr(study, "build", watched)
+    study.run(recipe, "flower", 0, torch.device("cpu"))
+    assert len(inputs) == 2
+    for z in inputs:
+        assert abs(correlation(box_muller(z, noise), noise)) < 4 / math.sqrt(noise.numel())
+    assert abs(correlation(*inputs)) < 4 / math.sqrt(inputs[0].numel())
 
-    assert correlation(same) == pytest.approx(1, abs=1e-3)  # the trap
-    assert abs(correlation(other)) < 4 / math.sqrt(noise.numel())
-    seeds = []
-    monkeypatch.setattr(study, "tuned", lambda crop, side: (0.8, 3, 6))
-    for name in ("observe", "build"):
-        made = getattr(study, name)
-        monkeypatch.setattr(
-            study, name, lambda *args, made=made, seed, **kw: (seeds.append(seed), made(*args, seed=seed, **kw))[1]
-        )
-    fit = study.train.fit
-    monkeypatch.setattr(study.train, "fit", lambda *args, seed, **kw: (seeds.append(seed), fit(*args, seed=seed, **kw)))
+
+def test_no_two_uses_of_a_seed_share_a_state(monkeypatch):
+    study.tuned.cache_clear()
+    recipe = dataclasses.replace(study.recipe("two_runs", "flower", "short"), side=8, epochs=1, read_off=1)
+    monkeypatch.setattr(study, "nonlocal_means", lambda noisy, *setting, sigma: noisy)
+    begun = begun_states(monkeypatch, study)
     for seed in (0, 1):
-        study.STUDIES["image_prior_two_runs"].run("flower", "short", seed, torch.device("cpu"))
-    assert len(seeds) == len(set(seeds)) == 10
+        study.run(recipe, "flower", seed, torch.device("cpu"))
+    study.tuned.cache_clear()
+    # For a seed the observation, and for each of two networks its own seed, weights, order and noise; once the tuning.
+    assert len(begun) == len(set(begun)) == 2 * 9 + 1 and seed_of(0, "data", 1) in begun
+
+
+BASE = dataclasses.replace(
+    study.recipe("denoising", "flower", "short"),
+    side=16,
+    epochs=6,
+    inputs=2,
+    widths=(4,),
+    skips=(2,),
+    read_off=4,
+    every=2,
+)
+TRAINS = {
+    "epochs": 8,
+    "lr": 0.02,
+    "schedule": "1 - t",
+    "optimizer": "sgd",
+    "betas": (0.5, 0.9),
+    "clip": 0.01,
+    "task": "inpainting",
+    "strength": 0.2,
+    "networks": 2,
+    "side": 8,
+    "inputs": 3,
+    "input_scale": 0.2,
+    "input_noise": 0.1,
+    "widths": (5,),
+    "skips": (3,),
+}
+MEASURES = {"average": 0.5, "read_off": 2, "every": 3}
+
+
+@functools.cache
+def numbers_of_run(recipe):
+    losses, fit = [], train.fit
+
+    def watched(*arguments, **options):
+        training = fit(*arguments, **options)
+        losses.append(training.history["total"].tolist())
+        return training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "tuned", lambda crop, side, sigma: (0.8, 3, 2))
+        patch.setattr(train, "fit", watched)
+        outcome = study.run(recipe, "flower", 0, torch.device("cpu"))
+    return outcome.metrics, outcome.curves, losses
+
+
+# There is one image, so that it is the batch; and the version of scikit-image is that of what is installed.
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(BASE) if f.name not in ("batch_size", "scikit_image")]
+)
+def test_what_a_recipe_says_is_what_is_run_and_recorded(field):
+    changed = dataclasses.replace(BASE, **{field: (TRAINS | MEASURES)[field]})
+    before, after = BASE.settings(), changed.settings()
+    assert len([key for key in before if before[key] != after[key]]) == 1
+    (measured, curves, losses), (other, its_curves, its_losses) = numbers_of_run(BASE), numbers_of_run(changed)
+    assert (measured, curves) != (other, its_curves) and (losses != its_losses) == (field in TRAINS)
 
 
 def test_a_record_is_not_begun_without_scikit_image(monkeypatch, tmp_path):
@@ -430,30 +514,38 @@ def test_a_record_is_not_begun_without_scikit_image(monkeypatch, tmp_path):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    assert study.STUDIES["image_prior_denoising"].settings("flower", "short")["scikit-image"].count(".") >= 1
+    assert study.recipe("denoising", "flower", "short").settings()["scikit-image"].count(".") >= 1
     monkeypatch.setattr(study.importlib.metadata, "version", missing)
-    monkeypatch.setattr(study.train, "fit", lambda *args, **options: pytest.fail("it was trained"))
+    monkeypatch.setattr(train, "fit", lambda *args, **options: pytest.fail("it was trained"))
     for name in ("denoising", "two_runs", "inpainting"):
         chosen = study.STUDIES[f"image_prior_{name}"]
         with pytest.raises(ModuleNotFoundError, match="pip install scikit-image"):
-            recording.record(f"image_prior_{name}", chosen, topic="x", size="short", device="cpu", out=tmp_path)
-    assert "scikit-image" not in study.STUDIES["image_prior_superresolution"].settings("flower", "short")
+            recording.record(f"image_prior_{name}", chosen, size="short", device="cpu", out=tmp_path)
+    assert study.recipe("superresolution", "flower", "short").settings()["scikit-image"] is None
     clean = study.photograph("flower", 16)
-    beside = study.beside("superresolution", clean[..., ::4, ::4], clean, name="flower")
+    beside = study.beside("superresolution", clean[..., ::4, ::4], clean, name="flower", strength=4)
     assert set(beside) == {"bicubic", "blocks"}
+
+
+def test_unknown_studies_are_named():
+    with pytest.raises(ValueError, match=r"name must be one of denoising, .* got 'noise'"):
+        study.recipe("noise", "flower", "short")
+    with pytest.raises(ValueError, match=r"size must be one of short, .* got 'tiny'"):
+        study.recipe("denoising", "flower", "tiny")
 
 
 @pytest.mark.parametrize("name", ["flower", "china"])
 @pytest.mark.parametrize("size", ["short", "medium", "full"])
 def test_non_local_means_are_tuned_on_another_crop_than_the_measured_one(monkeypatch, name, size):
-    side = study.SIDE[size]
+    side = study.recipe("denoising", name, size).side
     clean = study.photograph(name, side)
-    seen, _ = study.observe("denoising", clean, seed=1)
+    seen, _ = study.observe("denoising", clean, generator=stream(1, "data"))
     looked_at, tried, used = [], [], []
     photograph = study.photograph
     monkeypatch.setattr(study, "photograph", lambda *args: (looked_at.append(args), photograph(*args))[1])
 
-    def stub(noisy, *setting):
+    def stub(noisy, *setting, sigma):
+        assert sigma == study.SIGMA
         (used if noisy is seen else tried).append((noisy, setting))
         assert noisy is seen or not torch.equal(noisy, seen)
         if setting == (0.7, 5, 11):  # the best of the grid on whatever it is tuned on
@@ -463,7 +555,7 @@ def test_non_local_means_are_tuned_on_another_crop_than_the_measured_one(monkeyp
     monkeypatch.setattr(study, "nonlocal_means", stub)
     study.tuned.cache_clear()
     try:
-        study.beside("denoising", seen, clean, name=name)
+        study.beside("denoising", seen, clean, name=name, strength=study.SIGMA)
     finally:
         study.tuned.cache_clear()
     ((crop, at),) = looked_at
@@ -475,7 +567,7 @@ def test_non_local_means_are_tuned_on_another_crop_than_the_measured_one(monkeyp
 
 def test_non_local_means_denoises():
     clean = study.photograph("flower", 32)
-    noisy, _ = study.observe("denoising", clean, seed=0)
+    noisy, _ = study.observe("denoising", clean, generator=stream(0, "data"))
     assert psnr(study.nonlocal_means(noisy, 0.8, 3, 6), clean) > psnr(noisy, clean) + 4
 
 
@@ -486,9 +578,10 @@ def values(name, metric, stem="flower-medium"):
 
 
 def test_the_steps_are_those_of_the_record_on_the_other_crop():
-    assert study.STEPS["medium"] == (values("denoising", "its step", "tuning-medium").item(), 3000)
+    recipe = study.recipe("denoising", "flower", "medium")
+    assert (recipe.read_off, recipe.epochs) == (values("denoising", "its step", "tuning-medium").item(), 3000)
     record = records.read(records.RESULTS / "image_prior_denoising" / "flower-medium.json")
-    assert record["read off at step"] == study.STEPS["medium"][0]
+    assert record["read off at step"] == recipe.read_off
 
 
 def test_the_records_of_the_noisy_photograph_agree():

@@ -1,6 +1,7 @@
-"""What is measured: of samples, of codes, of likelihoods, and what a model makes of many rows at a time."""
+"""What is measured: of samples, of codes, of chains, of likelihoods, and what a model makes of many rows at a time."""
 
 from gae_core.metrics.batches import in_batches, squared_error
+from gae_core.metrics.chains import Mixing, mixing
 from gae_core.metrics.codes import (
     EncoderInformation,
     Gaussianity,
@@ -30,6 +31,7 @@ __all__ = [
     "EncoderInformation",
     "Gaussianity",
     "ImportanceWeighted",
+    "Mixing",
     "ModeCount",
     "ModeQuality",
     "PrecisionRecall",
@@ -40,6 +42,7 @@ __all__ = [
     "gaussianity",
     "importance_weighted_nll",
     "in_batches",
+    "mixing",
     "mode_count",
     "mode_quality",
     "parzen_log_likelihood",

@@ -11,6 +11,7 @@ from gae_core import train
 from gae_core.studies import (
     bn_vae,
     bn_vae_text,
+    completion,
     cvae,
     denoising,
     family,
@@ -22,7 +23,7 @@ from gae_core.studies import (
 )
 from gae_core.studies.study import Study
 
-TOPICS = (image_models, bn_vae, bn_vae_text, cvae, denoising, family, image_prior, meg, vae)
+TOPICS = (image_models, bn_vae, bn_vae_text, completion, cvae, denoising, family, image_prior, meg, vae)
 STUDIES: dict[str, Study] = {name: study for topic in TOPICS for name, study in topic.STUDIES.items()}
 MODELS = {name: study for name, study in STUDIES.items() if study.build}  # that are trained without being recorded
 
