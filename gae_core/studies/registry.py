@@ -16,6 +16,8 @@ from gae_core.studies import (
     family,
     image_models,
     image_prior,
+    meg_chains,
+    meg_controls,
     meg_images,
     meg_plane,
     recording,
@@ -23,7 +25,20 @@ from gae_core.studies import (
 )
 from gae_core.studies.study import Study
 
-TOPICS = (image_models, bn_vae, bn_vae_text, cvae, denoising, family, image_prior, meg_plane, meg_images, vae)
+TOPICS = (
+    image_models,
+    bn_vae,
+    bn_vae_text,
+    cvae,
+    denoising,
+    family,
+    image_prior,
+    meg_plane,
+    meg_controls,
+    meg_chains,
+    meg_images,
+    vae,
+)
 STUDIES: dict[str, Study] = {name: study for topic in TOPICS for name, study in topic.STUDIES.items()}
 MODELS = {name: study for name, study in STUDIES.items() if study.build}  # that are trained without being recorded
 
