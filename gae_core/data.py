@@ -202,6 +202,23 @@ class Toy:
     modes: Tensor | None
     std: float
 
+    def scaled(self, factor: float) -> "Toy":
+        """The toy whose points are ``factor`` times those of this one.
+
+        Raises:
+            ValueError: if ``factor`` is no positive number.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor must be a positive number, got {factor}")
+
+        def sample(n: int, generator: Generator | None = None) -> Tensor:
+            return factor * self.sample(n, generator)
+
+        def log_prob(x: Tensor) -> Tensor:
+            return self.log_prob(_in_the_plane(x) / factor) - 2 * math.log(factor)
+
+        return Toy(self.name, sample, log_prob, None if self.modes is None else factor * self.modes, factor * self.std)
+
 
 def _in_the_plane(x: Tensor) -> Tensor:
     if x.ndim != 2 or x.shape[1] != 2 or not x.is_floating_point():

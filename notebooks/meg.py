@@ -55,13 +55,10 @@ import matplotlib.pyplot as plt
 import torch
 
 from gae_core import data, metrics, nets, train
+from gae_core.energy import penalised_optimum
 from gae_core.models.meg import MEG
-from gae_core.studies.meg import (
-    Likelihood,
-    judge_net,
-    penalised_optimum,
-    toy_density,
-)
+from gae_core.studies.meg_controls import Likelihood
+from gae_core.studies.meg_plane import density_of, judge_net
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = data.size_from_environment("full" if device == "cuda" else "short")
@@ -172,8 +169,8 @@ print(
 def build(surrogate):
     torch.manual_seed(SEED)
     generator = nets.mlp([2, 48, 48, 48, 2])
-    energy = judge_net(2, 48, 1, 1.0)
-    statistics = judge_net(4, 48, 1, 1.0) if surrogate else None
+    energy = judge_net(2, 1, 48, features=1.0)
+    statistics = judge_net(4, 1, 48, features=1.0) if surrogate else None
     options = {"lam": 0.1, "energy_steps": 1, "generator_steps": 3}
     return MEG(
         generator, energy, 2, surrogate=surrogate, statistics=statistics, **options
@@ -244,16 +241,14 @@ for ax, (name, s) in zip(axes, samples.items(), strict=True):
 # In the plane the normaliser is a sum over a grid, so that $e^{-U}/Z$ can be laid beside the true density.
 
 # %% mystnb={"figure": {"name": "fig-meg-landscape", "caption": "True density and the densities of the two energies, normalised by quadrature; logarithms to base 10."}, "image": {"alt": "Three heat maps. The truth has eight narrow spots. The energy without the entropy is nearly flat. That of MEG has eight wide spots along the ring, and is low inside of it."}}
-learned = {name: toy_density(m.to("cpu"), toy, 300) for name, m in models.items()}
+learned = {name: density_of(m.to("cpu"), toy, 300) for name, m in models.items()}
+kl = {name: float(grid.kl_from(toy.log_prob)) for name, grid in learned.items()}
 axis = (torch.arange(300) + 0.5) / 50 - 3
 true = toy.log_prob(torch.cartesian_prod(axis, axis)).exp().reshape(300, 300)
-panels = {
-    "truth": true,
-    **{
-        f"{name}: KL {kl:.1f} nats": density
-        for name, (kl, density) in learned.items()
-    },
-}
+panels = {"truth": true}
+for name, grid in learned.items():
+    density = grid.log_density.exp().reshape(300, 300)
+    panels[f"{name}: KL {kl[name]:.1f} nats"] = density
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 for ax, (title, density) in zip(axes, panels.items(), strict=True):
     ax.imshow(
@@ -267,7 +262,6 @@ for ax, (title, density) in zip(axes, panels.items(), strict=True):
 
 # %%
 cell = 0.02**2
-kl = {name: value for name, (value, _) in learned.items()}
 kl["flat on the square"] = float(torch.xlogy(true, true).sum() * cell) + math.log(
     36
 )
@@ -289,7 +283,7 @@ start = time.perf_counter()
 # one step of four is the energy's in the game
 train.fit(control, x[: len(x) // 4], device="cpu", **options)
 print(f"{time.perf_counter() - start:.0f} s")
-kl["likelihood"], _ = toy_density(control, toy, 300)
+kl["likelihood"] = float(density_of(control, toy, 300).kl_from(toy.log_prob))
 kl["optimum"] = penalised_optimum(0.1, toy.std).kl
 print(", ".join(f"{name}: {value:.2f} nats" for name, value in kl.items()))
 # Sums, without noise. The optimum is that of divergence and penalty together: the

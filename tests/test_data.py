@@ -361,3 +361,20 @@ def test_the_size_is_the_environments_else_the_default(monkeypatch):
 def test_unknown_toys_are_named():
     with pytest.raises(ValueError, match=r"one of eight_gaussians, .*rings, got 'moons'"):
         data.toy("moons")
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_scaled_toy_is_the_toy_in_other_units(name):
+    toy, small = data.toy(name), data.toy(name).scaled(0.25)
+    assert small.name == name and small.std == 0.25 * toy.std
+    torch.testing.assert_close(small.sample(9, generator()), 0.25 * toy.sample(9, generator()))
+    x = toy.sample(9, generator()).double()
+    torch.testing.assert_close(small.log_prob(0.25 * x), toy.log_prob(x) + math.log(16))  # a sixteenth of the area
+    assert (small.modes is None) == (toy.modes is None)
+    if toy.modes is not None:
+        torch.testing.assert_close(small.modes, 0.25 * toy.modes)
+    with pytest.raises(ValueError, match="x must be floats of shape"):
+        small.log_prob(torch.zeros(3))
+    for factor in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="factor must be a positive number, got"):
+            toy.scaled(factor)

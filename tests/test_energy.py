@@ -462,3 +462,23 @@ def test_a_row_with_a_nan_has_a_penalty_of_nan_and_leaves_the_others():
     x[1, 0] = math.nan
     for penalty in (gradient_penalty_r1(quadratic, x), gradient_penalty_wgan(quadratic, x, torch.ones(4, 2))):
         assert torch.isnan(penalty).tolist() == [False, True, False, False]
+
+
+def test_draws_of_a_density_on_a_grid_have_its_moments():
+    """Coarse cells, in which a draw is as likely at any place, and fine ones of a Gaussian that is not centred."""
+    flat = log_normalizer_2d(lambda x: 0 * x.sum(1), -1, 1, 2).sample(
+        20_000, generator=torch.Generator().manual_seed(0)
+    )
+    assert flat.shape == (20_000, 2) and flat.dtype == torch.float64
+    assert_z(flat.flatten().numpy(), 0.0)
+    assert_z(flat.square().flatten().numpy(), 1 / 3)
+    assert_z(flat.prod(1).numpy(), 0.0)
+    centre, width = torch.tensor([1.0, -0.5], dtype=torch.float64), torch.tensor([0.3, 0.6], dtype=torch.float64)
+    grid = log_normalizer_2d(lambda x: ((x - centre) / width).square().sum(1) / 2, -5, 5, 400)
+    for x, m, s in zip(grid.sample(20_000, generator=torch.Generator().manual_seed(1)).T, centre, width, strict=True):
+        assert_z(x.numpy(), float(m))
+        assert_z((x - m).square().numpy(), float(s) ** 2 + 0.025**2 / 12)  # and of the place in a cell
+    assert torch.equal(
+        grid.sample(9, generator=torch.Generator().manual_seed(2)),
+        grid.sample(9, generator=torch.Generator().manual_seed(2)),
+    )

@@ -1,5 +1,6 @@
 """The chapter on Markov chains in the latent space: its equations, the wrong kernels, the energies of codes."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ from helpers import assert_z
 from scipy import stats
 
 from gae_core.chains import effective_sample_size, langevin, latent_energy, mala, split_rhat
-from gae_core.studies import meg
+from gae_core.studies import meg_chains
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -737,11 +738,14 @@ class Agreed(torch.nn.Module):
     ("term", "divergence", "length"), [("before", 0, 2), ("jacobian", 0, 2), ("none", 0, 2), ("prior", None, 1)]
 )
 def test_the_study_of_chains_where_everything_is_known(term, divergence, length, monkeypatch):
-    monkeypatch.setattr(meg, "build_toy", lambda *_: Agreed())
-    monkeypatch.setattr(meg.Size, "fit", lambda *_, **__: (None, 0.0, 0))
-    monkeypatch.setattr(meg, "draw_toy", lambda *_: None)
-    monkeypatch.setitem(meg.CHAINS, "short", (1500, 60, 60))
-    found = meg.run_toy_chains(term, "plane", "short", 0, torch.device("cpu")).metrics
+    monkeypatch.setattr(meg_chains, "build", lambda *_: Agreed())
+    monkeypatch.setattr(meg_chains.Recipe, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(meg_chains, "draw", lambda *_: None)
+    study = meg_chains.STUDIES[f"meg_mcmc_{term}"]
+    recipe = dataclasses.replace(study.recipe("plane", "short"), chains=1500, draws=1500)
+    if recipe.term:
+        recipe = dataclasses.replace(recipe, warmup=60, chain_steps=60)
+    found = study.run(recipe, "plane", 0, torch.device("cpu")).metrics
     # The product of both has half the variance, and KL(N(0, s²/2) | N(0, s²)) = log 2 - 1/2 in the plane.
     expected = math.log(2) - 0.5 if divergence is None else divergence
     assert found["KL(samples | energy)"] == pytest.approx(expected, abs=0.1)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import mpmath as mp
@@ -15,11 +16,13 @@ from helpers import assert_z
 from torch import nn
 
 from gae_core import data, metrics, nets, train
-from gae_core.energy import gradient_penalty_r1, gradient_penalty_wgan
+from gae_core.energy import gradient_penalty_r1, gradient_penalty_wgan, penalised_optimum
 from gae_core.entropy import knn_entropy
 from gae_core.information import jsd_terms
 from gae_core.models.meg import MEG, WGANGP, EnergyLoss, GeneratorLoss
-from gae_core.studies import meg as studies
+from gae_core.seeds import stream
+from gae_core.studies import meg_chains, meg_controls, meg_images, meg_plane, recording
+from gae_core.train import Training
 
 # ---- the game --------------------------------------------------------------------------------------------------
 
@@ -110,12 +113,13 @@ def test_the_share_within_three_sigma():
 
 
 STD = 0.05 / math.sqrt(8)
+TOY = data.toy("twenty_five_gaussians").scaled(1 / math.sqrt(8))
 
 
 def test_the_penalised_optimum_solves_its_equation():
     """Against the stationary equation by finite differences of the density that comes back, and its own moments."""
     lam = 1e-3
-    best = studies.penalised_optimum(lam, STD)
+    best = penalised_optimum(lam, STD)
     r, q = best.radius.numpy(), best.density.numpy()
     width = r[1] - r[0]
     mass = 2 * math.pi * r * q * width
@@ -131,27 +135,30 @@ def test_the_penalised_optimum_solves_its_equation():
 
 def test_the_free_optimum_lies_below_the_best_gaussian_and_tends_to_the_data():
     for lam in (1e-4, 1e-2, 0.1):
-        best, scaled = studies.penalised_optimum(lam, STD), lam / STD**2
+        best, scaled = penalised_optimum(lam, STD), lam / STD**2
         s2 = (1 + math.sqrt(1 + 16 * scaled)) / 2
         # KL from the data plus penalty is the loss up to the entropy of the data
         gaussian = (1 / s2 - 1 + math.log(s2)) + scaled * 2 / s2**2
         assert best.kl + lam * best.slope < gaussian
         assert best.high_quality > 1 - math.exp(-4.5 / s2)
-    none = studies.penalised_optimum(0.0, STD)
+    none = penalised_optimum(0.0, STD)
     assert none.kl < 1e-9 and none.spread == pytest.approx(1, abs=1e-5)
     assert none.high_quality == pytest.approx(1 - math.exp(-4.5), abs=1e-5)
-    coarse, fine = (studies.penalised_optimum(0.1, STD, cells=n).high_quality for n in (2000, 8000))
+    coarse, fine = (penalised_optimum(0.1, STD, cells=n).high_quality for n in (2000, 8000))
     assert coarse == pytest.approx(fine, abs=1e-3)
-    for lam, std, message in ((-1.0, 1.0, "lam must be"), (0.1, 0.0, "std positive")):
+    for lam, std, message in ((-1.0, 1.0, "lam must be"), (math.inf, 1.0, "lam must be"), (0.1, 0.0, "std positive")):
         with pytest.raises(ValueError, match=message):
-            studies.penalised_optimum(lam, std)
+            penalised_optimum(lam, std)
+    for grid in ({"reach": 0.0}, {"cells": 1}, {"cells": 99.5}):
+        with pytest.raises(ValueError, match="reach must be positive and cells a whole number, at least 2, got"):
+            penalised_optimum(0.1, STD, **grid)
 
 
 def test_what_the_papers_weight_can_reach_on_its_toy():
     """At most about two fifths; 94 per cent want a weight of 1e-4."""
-    assert 0.39 < studies.penalised_optimum(0.1, STD).high_quality < 0.42
-    assert studies.penalised_optimum(1e-4, STD).high_quality == pytest.approx(0.94, abs=0.005)
-    assert studies.penalised_optimum(2e-4, STD).high_quality < 0.94
+    assert 0.39 < penalised_optimum(0.1, STD).high_quality < 0.42
+    assert penalised_optimum(1e-4, STD).high_quality == pytest.approx(0.94, abs=0.005)
+    assert penalised_optimum(2e-4, STD).high_quality < 0.94
 
 
 @pytest.mark.checks("eq-meg-units", how="symbolic")
@@ -357,8 +364,7 @@ def test_detection_refuses(scores, anomaly, message):
 
 
 def test_quality_of_the_toy_itself_of_its_centres_and_of_noise():
-    toy = studies.scaled(data.toy("twenty_five_gaussians"), studies.SCALE)
-    generator = torch.Generator().manual_seed(0)
+    toy, generator = TOY, torch.Generator().manual_seed(0)
     own = metrics.mode_quality(toy.sample(20_000, generator), toy.modes, toy.std)
     assert own.modes == 25
     assert own.high_quality == pytest.approx(1 - math.exp(-4.5), abs=4 * math.sqrt(0.989 * 0.011 / 20_000))
@@ -370,7 +376,7 @@ def test_quality_of_the_toy_itself_of_its_centres_and_of_noise():
     assert (centres.modes, centres.high_quality, centres.spread, centres.kl) == (25, 1, 0, 0)
     assert centres.spread_within == 0
     # Uniform on the square that is half a distance larger than the grid: 25 discs of 25 cells of 40 sigma
-    noise = (torch.rand(2500, 2, generator=generator) - 0.5) * 10 / studies.SCALE
+    noise = (torch.rand(2500, 2, generator=generator) - 0.5) * 10 / meg_plane.SCALE
     found = metrics.mode_quality(noise, toy.modes, toy.std)
     share = math.pi * 9 / 40**2
     assert found.high_quality == pytest.approx(share, abs=4 * math.sqrt(share / 2500))
@@ -383,30 +389,25 @@ def test_quality_of_the_toy_itself_of_its_centres_and_of_noise():
     assert found.spread > 5 and found.spread_within == 0 and found.high_quality == pytest.approx(1000 / 1300)
     none = metrics.mode_quality(toy.modes[:1] + 10 * toy.std, toy.modes, toy.std)
     assert none.modes == 0 and math.isnan(none.spread_within)
-    assert "spread within 3σ, σ" not in studies.measure_samples(toy.modes[:1] + 10 * toy.std, toy)
-    assert studies.measure_samples(bridged, toy)["spread within 3σ, σ"] == 0
+    assert "spread within 3σ, σ" not in meg_plane.measure_samples(toy.modes[:1] + 10 * toy.std, toy)
+    assert meg_plane.measure_samples(bridged, toy)["spread within 3σ, σ"] == 0
     with pytest.raises(ValueError, match="shapes"):
         metrics.mode_quality(torch.zeros(3, 3), toy.modes, toy.std)
     with pytest.raises(ValueError, match="finite"):
         metrics.mode_quality(torch.full((3, 2), math.nan), toy.modes, toy.std)
 
 
-def test_the_scaled_toy_is_a_density_and_the_grid_resolves_it():
-    toy = studies.scaled(data.toy("twenty_five_gaussians"), studies.SCALE)
-    points, area = studies.grid_of(toy)
-    assert float(toy.log_prob(points).exp().sum() * area) == pytest.approx(1, abs=1e-9)
-
+def test_the_grid_resolves_the_toy_and_the_constant_of_an_energy_cancels():
     class Truth(MEG):
         def energy_of(self, x):
-            return 3 - toy.log_prob(x)
+            return 3 - TOY.log_prob(x)
 
     model = Truth(nn.Linear(2, 2), nn.Linear(2, 1), 2, surrogate=None)
-    kl, density = studies.toy_density(model, toy)
-    assert abs(kl) < 1e-4, "the constant in the energy cancels"
-    assert float(density.sum() * area) == pytest.approx(1, abs=1e-6)
-
-
-TOY = studies.scaled(data.toy("twenty_five_gaussians"), studies.SCALE)
+    density = meg_plane.density_of(model, TOY, 600)
+    assert float(TOY.log_prob(density.x).exp().sum() * density.area) == pytest.approx(1, abs=1e-9)
+    assert abs(float(density.kl_from(TOY.log_prob))) < 1e-4
+    assert float(density.log_z) == pytest.approx(-3, abs=1e-6)
+    assert float(density.log_density.exp().sum() * density.area) == pytest.approx(1, abs=1e-6)
 
 
 class Known:
@@ -421,7 +422,7 @@ class Known:
 
 @pytest.mark.parametrize("width", [1.0, 1.5, 2.4, 6.0])
 def test_the_measures_of_an_energy_on_wells_of_known_width(width):
-    found = studies.measure_energy(Known(studies.Wells(TOY.modes, width * TOY.std)), TOY)
+    found = meg_plane.measure_energy(Known(meg_controls.Wells(TOY.modes, width * TOY.std)), TOY, 300)
     assert found["energy: high quality, %"] == pytest.approx(100 * -math.expm1(-4.5 / width**2), rel=0.01)
     assert found["energy: spread, σ"] == pytest.approx(width, rel=2e-3)
     kl = 1 / width**2 - 1 + 2 * math.log(width)  # between two round Gaussians in the plane
@@ -429,7 +430,7 @@ def test_the_measures_of_an_energy_on_wells_of_known_width(width):
 
 
 def test_the_flat_density_stands_at_the_bottom_of_the_table():
-    found = studies.measure_energy(studies.Flat(), TOY)
+    found = meg_plane.measure_energy(meg_controls.Flat(), TOY, 300)
     area = (2 * 1.5 * 4 / math.sqrt(8)) ** 2  # of the square: half again as far as the modes at 4 / sqrt(8)
     entropy = math.log(25) + math.log(2 * math.pi * math.e * TOY.std**2)
     assert found["KL(data | energy)"] == pytest.approx(math.log(area) - entropy, abs=1e-3)
@@ -440,20 +441,20 @@ def test_the_flat_density_stands_at_the_bottom_of_the_table():
 def test_the_normaliser_of_the_control_is_that_of_energies_that_are_known():
     area = (2 * 1.5 * float(TOY.modes.abs().max())) ** 2
     for energy, right in (
-        (studies.Wells(TOY.modes, TOY.std), 1),
-        (studies.Wells(TOY.modes, 8 * TOY.std), 1),
-        (studies.Wells(TOY.modes[:3], 2 * TOY.std), 1),
+        (meg_controls.Wells(TOY.modes, TOY.std), 1),
+        (meg_controls.Wells(TOY.modes, 8 * TOY.std), 1),
+        (meg_controls.Wells(TOY.modes[:3], 2 * TOY.std), 1),
         (lambda x: torch.zeros(len(x), 1), area),
     ):
-        control = studies.Likelihood(nn.Identity(), TOY, lam=0.1)
+        control = meg_controls.Likelihood(nn.Identity(), TOY, lam=0.1)
         control.energy_of = Known(energy).energy_of
         generator = torch.Generator().manual_seed(0)
         assert_z(np.array([math.exp(control.log_z(generator=generator)) for _ in range(300)]) / right, 1.0)
 
 
 def test_the_controls_loss_is_likelihood_with_the_penalty_and_learns():
-    wells = studies.Wells(TOY.modes, 3 * TOY.std)
-    control = studies.Likelihood(wells, TOY, lam=0.1)
+    wells = meg_controls.Wells(TOY.modes, 3 * TOY.std)
+    control = meg_controls.Likelihood(wells, TOY, lam=0.1)
     x = TOY.sample(64, torch.Generator().manual_seed(0))
     loss = control.loss(x, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(loss.energy, wells(x)[:, 0])
@@ -463,67 +464,77 @@ def test_the_controls_loss_is_likelihood_with_the_penalty_and_learns():
     drawn = control.sample(4000, generator=torch.Generator().manual_seed(2))
     assert metrics.mode_quality(drawn, TOY.modes, 3 * TOY.std).spread == pytest.approx(1, abs=0.03)
 
-    size = studies.Size(32, 12_800, 2, 128, 1e-2, True, (1, 5), 2.0)
-    control = studies.build_likelihood(size, 0)
-    before = studies.measure_energy(control, TOY)
-    size.fit(control, TOY.sample(12_800, torch.Generator().manual_seed(0)), seed=0, device=torch.device("cpu"))
-    after = studies.measure_energy(control, TOY)
+    recipe = meg_controls.recipe("meg_toy_likelihood", "plane", "short")
+    recipe = replace(recipe, width=32, rows=12_800, epochs=2, lr=1e-2)
+    control = meg_controls.build(recipe, (2,), 0)
+    game = meg_plane.build(meg_plane.recipe("meg_toy", "plane", "short"), (2,), 0)
+    alone = meg_controls.build(meg_controls.recipe("meg_toy_likelihood", "plane", "short"), (2,), 0)
+    for weights, same in zip(game.energy.parameters(), alone.energy.parameters(), strict=True):
+        assert torch.equal(weights, same), "the first weights are those of the game"
+    before = meg_plane.measure_energy(control, TOY, 300)
+    recipe.fit(control, TOY.sample(12_800, torch.Generator().manual_seed(0)), seed=0, device="cpu")
+    after = meg_plane.measure_energy(control, TOY, 300)
     assert after["KL(data | energy)"] < before["KL(data | energy)"] - 0.5
     assert after["energy: high quality, %"] > 2 * before["energy: high quality, %"]
 
 
 def test_the_divergence_from_wells_has_a_part_of_the_shares_and_one_within():
-    wells, generator = studies.Wells(TOY.modes, TOY.std), torch.Generator().manual_seed(0)
+    wells, generator = meg_controls.Wells(TOY.modes, TOY.std), torch.Generator().manual_seed(0)
     n = 4000
     eps = torch.randn(n, 2, generator=generator)
     centres = TOY.modes[torch.randint(25, (n,), generator=generator)]
-    own = studies.divergence_of(centres + TOY.std * eps, wells, TOY.modes)
+    own = meg_controls.measure_wells(centres + TOY.std * eps, wells, neighbours=3)
+    assert own.pop("modes of 25") == 25
     assert all(abs(value) < 0.06 for value in own.values())  # four standard errors of the entropy
     narrow = 0.2  # of the width
     for modes, shares in ((centres, 0), (TOY.modes[:1], math.log(25))):
-        found = studies.divergence_of(modes + narrow * TOY.std * eps, wells, TOY.modes)
+        found = meg_controls.measure_wells(modes + narrow * TOY.std * eps, wells, neighbours=3)
         assert found["KL within modes"] == pytest.approx(narrow**2 - 1 - 2 * math.log(narrow), abs=0.06)
         assert found["KL of mode shares"] == pytest.approx(shares, abs=0.008)
         assert found["KL(samples | energy)"] == found["KL within modes"] + found["KL of mode shares"]
 
 
 def test_a_generator_against_wells_moves_alone():
-    size = studies.TOY["short"]
-    for name in studies.FIXED:
-        m = studies.build_fixed(name, size, 0)
+    for name in meg_controls.GENERATORS:
+        recipe = meg_controls.recipe(name, "plane", "short")
+        m = meg_controls.build(recipe, (2,), 0)
         assert list(m.players) == ["generator"] and m.players["generator"][1] == 1
         assert {id(p) for p in m.players["generator"][0]} == {id(p) for p in m.parameters()}
         before = [p.clone() for p in m.parameters()]
-        size.fit(m, torch.zeros(256, 2), seed=0, device=torch.device("cpu"))
+        recipe.fit(m, torch.zeros(256, 2), seed=0, device="cpu")
         assert any(not torch.equal(p, q) for p, q in zip(m.parameters(), before, strict=True))
         assert m.energy.std == pytest.approx(2.39 * TOY.std, rel=0.01)
-        found = studies.measure_fixed(m, n=200, generator=torch.Generator().manual_seed(0))
+        sample = m.sample(200, generator=torch.Generator().manual_seed(0))
+        found = meg_controls.measure_wells(sample, m.energy, neighbours=3)
         assert found["KL(samples | energy)"] == pytest.approx(found["KL of mode shares"] + found["KL within modes"])
 
 
 def test_the_course_of_a_training_changes_nothing_and_ends_at_its_measures():
-    study, cpu = studies.STUDIES["meg_toy"], torch.device("cpu")
-    outcome = study.run("plane", "short", 0, cpu)
-    recipe = studies.toy_recipe("meg_toy", "short")
-    generator = torch.Generator().manual_seed(0)
-    x, m = TOY.sample(recipe.rows, generator), studies.build_toy("meg_toy", recipe, 0)
-    recipe.fit(m, x, seed=0, device=cpu)  # without a callback
-    alone = studies.measure_samples(m.sample(2500, generator=generator), TOY) | studies.measure_energy(m, TOY)
+    study, recipe = meg_plane.STUDIES["meg_toy"], meg_plane.recipe("meg_toy", "plane", "short")
+    outcome = study.run(recipe, "plane", 0, torch.device("cpu"))
+    x, m = TOY.sample(recipe.rows, stream(0, "data")), meg_plane.build(recipe, (2,), 0)
+    recipe.fit(m, x, seed=0, device="cpu")  # without a callback
+    alone = meg_plane.measure_samples(m.sample(recipe.draws, generator=stream(0, "samples")), TOY)
+    alone |= meg_plane.measure_energy(m, TOY, recipe.cells)
     assert {name: outcome.metrics[name] for name in alone} == alone
     last = {name: values[-1] for name, values in outcome.curves.items()}
     assert last["epoch"] == recipe.epochs and {len(values) for values in outcome.curves.values()} == {1}
     for name in ("KL(data | energy)", "energy: high quality, %"):
         assert last[name] == outcome.metrics[name]
-    assert last["slope² at data"] == pytest.approx(studies.slope_of(m, x[:2500]))
+    assert last["slope² at data"] == pytest.approx(meg_plane.slope_of(m, x[: recipe.draws]))
+    assert outcome.training.rows == recipe.rows and outcome.training.parameters == sum(
+        p.numel() for p in m.parameters()
+    )
 
-    course = studies.Course(TOY, x, 30, seed=0, energy=False)
+    critic = replace(recipe, epochs=30, penalty="wgan", surrogate=None, steps=(5, 1))
+    course = meg_plane.Course(critic, x, 0)
     for epoch in range(1, 31):
         course(m, epoch)
     assert course.curves["epoch"] == list(range(3, 31, 3)) and "slope² at data" not in course.curves
 
 
 def test_runs_on_the_toy_are_equally_long_and_differ_in_what_their_name_says():
-    settings = {name: studies.STUDIES[name].settings("plane", "medium") for name in studies.TOY_MODELS}
+    settings = {name: study.recipe("plane", "medium").settings() for name, study in meg_plane.STUDIES.items()}
     usual = settings["meg_toy"]
     changed = {
         name: {key: value for key, value in found.items() if value != usual[key]} for name, found in settings.items()
@@ -535,16 +546,129 @@ def test_runs_on_the_toy_are_equally_long_and_differ_in_what_their_name_says():
     assert 1 / (2 * changed["meg_toy_source"]["sigma"] ** 2) == pytest.approx(1), "the source's weight"
     assert changed["meg_toy_noise"] == {"surrogate": "reconstruct", "sigma": None, "noise": pytest.approx(TOY.std)}
     assert changed["meg_toy_knn"] == {"surrogate": "knn"} and changed["meg_toy_plain"] == {"surrogate": None}
-    control = studies.STUDIES["meg_toy_likelihood_brief"].settings("plane", "medium")
-    assert {key for key in usual if key in control and control[key] != usual[key]} == {"epochs", "steps"}
+    assert changed["meg_toy_plain_ahead"] == {"surrogate": None, "steps": [5, 1]}
+    assert changed["meg_toy_wgan_gp"] == {"penalty": "wgan", "surrogate": None, "steps": [5, 1]}
+    assert changed["meg_toy_0.001"] == {"lam": 0.001}
+    control = meg_controls.STUDIES["meg_toy_likelihood_brief"].recipe("plane", "medium").settings()
+    assert {key for key in usual if control[key] != usual[key]} == {"epochs", "steps", "surrogate"}
     assert control["epochs"] * 6 == usual["epochs"], "the energy has one step of six in the game"
+
+
+PLANE = {  # a run of seconds
+    "epochs": 1,
+    "rows": 384,
+    "draws": 200,
+    "cells": 150,
+    "fine": 150,
+    "chains": 60,
+    "points": 256,
+}
+OTHERWISE = {  # what a field is changed to, where a half more or 1 more would not do
+    "lr": 2e-3,
+    "schedule": "constant",
+    "optimizer": "sgd",
+    "betas": (0.9, 0.9),
+    "clip": 1e-3,
+    "batch_size": 64,
+    "steps": (2, 2),
+    "penalty": "wgan",
+    "surrogate": "knn",
+    "sigma": 0.2,
+    "noise": 0.1,
+    "term": "prior",
+}
+TRAINED = ("epochs", "batch_size", "lr", "schedule", "optimizer", "betas", "clip", "width", "rows", "dim", "scale")
+FIELDS = {  # study -> its module, the fields that its run depends on, and some that it has and does not depend on
+    "meg_toy": (
+        meg_plane,
+        (*TRAINED, "steps", "lam", "surrogate", "weight", "noise", "features", "draws", "cells"),
+        ("sigma",),
+    ),
+    "meg_toy_reconstruct": (meg_plane, ("weight", "sigma", "noise"), ()),
+    "meg_toy_plain": (meg_plane, ("lam",), ("weight", "sigma")),
+    "meg_toy_likelihood": (
+        meg_controls,
+        (*TRAINED, "lam", "features", "draws", "cells", "points", "fine"),
+        ("weight", "sigma", "neighbours"),
+    ),
+    "meg_fixed_noise": (
+        meg_controls,
+        (*TRAINED, "lam", "surrogate", "weight", "sigma", "noise", "features", "draws", "neighbours"),
+        ("cells", "points", "fine"),
+    ),
+    "meg_toy_flat": (meg_controls, ("cells", "draws"), ()),
+    "meg_optimum_0.1": (meg_controls, ("scale", "lam", "cells"), ("draws",)),
+    "meg_mcmc_none": (
+        meg_chains,
+        (
+            *("rows", "lam", "draws", "cells"),
+            *("term", "chains", "warmup", "chain_steps", "step_size", "neighbours"),
+        ),
+        (),
+    ),
+}
+
+
+def changed(recipe, field):
+    value = getattr(recipe, field)
+    if field in OTHERWISE:
+        return replace(recipe, **{field: OTHERWISE[field]})
+    return replace(recipe, **{field: value + max(1, value // 2) if isinstance(value, int) else 1.5 * value})
+
+
+def numbers(study, recipe, data_name="plane"):
+    """All that a run leaves, but for its times."""
+    outcome = study.run(recipe, data_name, 0, torch.device("cpu"))
+    return json.dumps([dict(outcome.metrics), dict(outcome.curves), outcome.training.rows, outcome.training.parameters])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_a_recipe_is_recorded_and_run(name, monkeypatch):
+    module, used, unused = FIELDS[name]
+    for drawn_by in (meg_plane, meg_chains):
+        monkeypatch.setattr(drawn_by, "draw", lambda *_: None)
+    study = module.STUDIES[name]
+    recipe = study.recipe("plane", "short")
+    recipe = replace(recipe, **{field: value for field, value in PLANE.items() if getattr(recipe, field, None)})
+    usual = numbers(study, recipe)
+    assert numbers(study, replace(recipe)) == usual
+    for field in (*used, *unused):
+        other = changed(recipe, field)
+        assert {key for key, value in other.settings().items() if value != recipe.settings()[key]} == {field}
+        assert (numbers(study, other) != usual) == (field in used), field
+
+
+def test_recipes_that_cannot_be_run_are_refused():
+    game = meg_plane.recipe("meg_toy", "plane", "short")
+    with pytest.raises(ValueError, match='penalty must be "r1" or "wgan", got \'r2\''):
+        replace(game, penalty="r2")
+    with pytest.raises(
+        ValueError, match=r'penalty must be "r1" where there is a surrogate, .*got "wgan" with surrogate'
+    ):
+        replace(game, penalty="wgan")
+    control = meg_controls.recipe("meg_fixed_jsd", "plane", "short")
+    with pytest.raises(ValueError, match=r"steps must be \(1, 0\), .*, got \(1, 1\)"):
+        replace(control, steps=(1, 1))
+    with pytest.raises(ValueError, match="surrogate must be None for the energy alone, got 'jsd'"):
+        replace(control, steps=(1, 0))
+    for module, name in ((meg_plane, "meg"), (meg_controls, "meg"), (meg_chains, "all"), (meg_images, "meg")):
+        with pytest.raises(ValueError, match=f"(name|term) must be one of .*, got '{name}'"):
+            module.recipe(name, "plane", "short")
+        known = next(iter(module.STUDIES.values())).recipe
+        with pytest.raises(ValueError, match="size must be one of short, medium, full, got 'huge'"):
+            known("plane", "huge")
+    with pytest.raises(ValueError, match="side must be 8 for digits, or 16 for images of 28 × 28, got 16"):
+        meg_images.small("digits", 16)
+
+
+UNTRAINED = Training({}, 0.0, 0.0, rows=0, parameters=0)
 
 
 class Digit(nn.Module):
     """A classifier of images whose first pixel is twenty times their digit."""
 
     def forward(self, x):
-        return nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 20).round().long(), 10).float()
+        return nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 20).round().long().clamp(max=9), 10).float()
 
     def features(self, x):
         return x.flatten(1)[:, :2]
@@ -581,15 +705,47 @@ def test_the_study_of_stacked_digits_on_samplers_with_a_known_answer(kind, monke
 
     train_y, test_y = 9 * (torch.arange(200) % 2), torch.arange(1000) % 10
     images = data.Images("tens", *images_of(train_y), *images_of(test_y))
-    monkeypatch.setattr(studies, "small", lambda *_: images)
-    monkeypatch.setattr(studies, "build_images", lambda *_: Stacks(digits))
-    monkeypatch.setattr(studies.judge, "classifier", lambda *_, **__: Digit())
-    monkeypatch.setattr(studies.train, "fit", lambda *_, **__: {})
-    found = studies.run_stacked("", "mnist", "short", 0, torch.device("cpu")).metrics
+    monkeypatch.setattr(meg_images, "small", lambda *_: images)
+    monkeypatch.setattr(meg_images, "build", lambda *_: Stacks(digits))
+    monkeypatch.setattr(meg_images.judge, "classifier", lambda *_, **__: Digit())
+    monkeypatch.setattr(meg_images.judge, "about", lambda *_, **__: {"accuracy": 1.0})
+    monkeypatch.setattr(train, "fit", lambda *_, **__: UNTRAINED)
+    study = meg_images.STUDIES["meg_stacked"]
+    outcome = study.run(study.recipe("mnist", "short"), "mnist", 0, torch.device("cpu"))
+    found = outcome.metrics
+    assert outcome.classifier == {"accuracy": 1.0}
     assert found["modes of 100"] == len(digits)
     assert found["KL from equal shares"] == pytest.approx(math.log(100 / len(digits)), abs=1e-6)
     assert found["KL, stacked test images"] == pytest.approx(found["KL, bias"], abs=0.015)  # 0.019 +- 0.003
     assert found["classifier right, %"] == 100
+
+
+def test_every_field_of_stacks_is_run(monkeypatch):
+    x, y = torch.randint(0, 180, (500, 1, 4, 4), generator=torch.Generator().manual_seed(0)), torch.arange(500) % 10
+    images = data.Images("tens", x.byte(), y, x.byte(), y)
+    monkeypatch.setattr(meg_images, "small", lambda *_: images)
+    monkeypatch.setattr(meg_images.judge, "classifier", lambda *_, **__: Digit())
+    for name, fields in {
+        "meg_stacked": (
+            "rows",
+            "width",
+            "dim",
+            "lam",
+            "weight",
+            "surrogate",
+            "noise",
+            "digits",
+            "per_class",
+            "compared",
+        ),
+        "meg_stacked_wgan_gp": ("lam", "penalty"),
+    }.items():
+        study = meg_images.STUDIES[name]
+        recipe = replace(study.recipe("mnist", "short"), batch_size=16)
+        usual = numbers(study, recipe, "mnist")
+        for field in fields:
+            other = replace(recipe, penalty="r1") if field == "penalty" else changed(recipe, field)
+            assert other.settings() != recipe.settings() and numbers(study, other, "mnist") != usual, field
 
 
 class Remembers(nn.Module):
@@ -618,19 +774,20 @@ def test_the_study_of_a_held_out_digit_has_no_test_image_in_its_training(monkeyp
     x = torch.randint(0, 200, (600, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     x[y == 1, :, 1:] = 255  # the brightest of all
     images = data.Images("tens", x[:500].byte(), y[:500], x[500:].byte(), y[500:])
-    monkeypatch.setattr(studies, "small", lambda *_: images)
-    monkeypatch.setitem(studies.IMAGES, "short", studies.replace(studies.IMAGES["short"], rows=10_000))
+    monkeypatch.setattr(meg_images, "small", lambda *_: images)
+    study = meg_images.STUDIES["meg_without_1"]
+    recipe = replace(study.recipe("digits", "short"), rows=10_000)
     trained = []
 
-    def fit(model, rows, **_):
+    def fit(model, rows, *_, **__):
         trained.append(rows)
         model.rows |= set(model.keys(rows))
-        return {}
+        return UNTRAINED
 
-    monkeypatch.setattr(studies.train, "fit", fit)
+    monkeypatch.setattr(train, "fit", fit)
     for bright, right in ((False, 0.5), (True, 1.0)):
-        monkeypatch.setattr(studies, "build_images", lambda *_, bright=bright: Remembers(bright))
-        found = studies.run_anomaly(1, "digits", "short", 0, torch.device("cpu")).metrics
+        monkeypatch.setattr(meg_images, "build", lambda *_, bright=bright: Remembers(bright))
+        found = study.run(recipe, "digits", 0, torch.device("cpu")).metrics
         assert found["AUROC, energy"] == right and found["prevalence"] == 60 / (60 + 540 // 5)
         assert len(trained[-1]) == 540 - 540 // 5 and (data.to_unit(trained[-1])[:, 0, 1:] < 1).any()
     assert found["AUROC, slope²"] == 1.0, "the slope of half a square is the square"
@@ -890,23 +1047,36 @@ def test_an_energy_learns_a_gaussian_when_its_generator_keeps_up():
         *("meg_toy_likelihood", "meg_toy_flat", "meg_fixed_jsd", "meg_fixed_noise", "meg_optimum_0.01"),
     ],
 )
-def test_studies_of_the_plane_run(name):
-    study = studies.STUDIES[name]
-    json.dumps(study.settings("plane", "short"))
-    assert "epochs" in study.settings("plane", "full")
-    outcome = study.run("plane", "short", 0, torch.device("cpu"))
-    assert all(math.isfinite(v) for v in outcome.metrics.values())
-    assert outcome.parameters > 0 or name == "meg_toy_flat"
+def test_studies_of_the_plane_are_recorded(name, tmp_path):
+    study = (meg_plane.STUDIES | meg_controls.STUDIES)[name]
+    assert "epochs" in study.recipe("plane", "full").settings()
+    path = recording.record(name, study, size="short", device="cpu", out=tmp_path)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["topic"] == "meg" and found["model"] == name
+    assert all(math.isfinite(metric["mean"]) for metric in found["metrics"].values())
+    assert (found["parameters"] > 0) == (found["samples a second"] > 0) == (found["epochs"] > 0)
 
 
 def test_the_study_of_a_held_out_digit_runs():
-    study = studies.STUDIES["meg_without_1"]
-    outcome = study.run("digits", "short", 0, torch.device("cpu"))
+    study = meg_images.STUDIES["meg_without_1"]
+    recipe = study.recipe("digits", "short")
+    outcome = study.run(recipe, "digits", 0, torch.device("cpu"))
     assert 0 <= outcome.metrics["AUROC, energy"] <= 1
     assert outcome.metrics["least AUPRC"] < outcome.metrics["prevalence"]
     assert outcome.metrics["least AUPRC"] <= outcome.metrics["AUPRC, slope²"]
-    build = studies.build_images("", (3, 28, 28), "full", 0)
+    recipe = replace(recipe, batch_size=16, epochs=4, lr=1e-2)  # ranks change when weights change by more than a trifle
+    usual = numbers(study, recipe, "digits")
+    for field in ("width", "dim", "lam", "weight", "rows", "steps", "held_out", "parts"):
+        other = replace(recipe, steps=(1, 1)) if field == "steps" else changed(recipe, field)
+        assert numbers(study, other, "digits") != usual, field
+    full = meg_images.recipe("meg_stacked", "mnist", "full")
+    build = meg_images.build(full, (3, 28, 28), 0)
     assert build.sample(2).shape == (2, 3, 28, 28) and build.energy_of(torch.zeros(2, 3, 28, 28)).shape == (2,)
+    assert meg_images.build(replace(full, surrogate="reconstruct"), (3, 28, 28), 0).loss(
+        torch.zeros(2, 3, 28, 28), player="generator"
+    ).total.shape == (2,)
+    sizes = [meg_images.build(replace(full, channels=n), (3, 28, 28), 0).energy for n in (64, 32)]
+    assert sum(p.numel() for p in sizes[0].parameters()) > 2 * sum(p.numel() for p in sizes[1].parameters())
 
 
 # ---- what the chapter reads from the records --------------------------------------------------------------------
@@ -1044,7 +1214,7 @@ def test_the_chapters_reading_of_the_remedies_in_the_game():
 
 def test_the_chapters_reading_of_the_optimum():
     for lam in (0.1, 0.01, 0.001, 0.0001):
-        found, best = record(f"meg_optimum_{lam:g}"), studies.penalised_optimum(lam, STD)
+        found, best = record(f"meg_optimum_{lam:g}"), penalised_optimum(lam, STD)
         assert found["high quality, %"]["mean"] == pytest.approx(100 * best.high_quality, abs=0.01)
         assert found["KL(data | energy)"]["mean"] == pytest.approx(best.kl, abs=1e-4)
 

@@ -136,6 +136,7 @@ def _write(path: Path, same: dict, runs: dict[str, dict], device: torch.device) 
     """Write the record of some seeds."""
     found = list(runs.values())
     total = {key: [run[key] for run in found] for key in found[0]}
+    seconds = sum(total["training seconds"])
     command = f"python -m gae_core run {same['model']} --data {same['data']} --size {same['size']}"
     records.write(
         path,
@@ -146,9 +147,9 @@ def _write(path: Path, same: dict, runs: dict[str, dict], device: torch.device) 
             "commit": _commit(),
             "date": datetime.date.today().isoformat(),
             "parameters": total["parameters"][0],
-            "training seconds": sum(total["training seconds"]),
+            "training seconds": seconds,
             "wall seconds": sum(total["wall seconds"]),
-            "samples a second": sum(total["samples"]) / sum(total["training seconds"]),
+            "samples a second": sum(total["samples"]) / seconds if seconds else 0.0,  # where nothing is trained
             "peak memory, MiB": max(total["peak memory, MiB"]),
             "peak memory of": "tensors on the device" if device.type == "cuda" else "the process since its start",
             "classifier": found[-1]["classifier"],

@@ -17,13 +17,19 @@ from gae_core.studies import (
     family,
     image_models,
     image_prior,
-    meg,
+    meg_chains,
+    meg_controls,
+    meg_images,
+    meg_plane,
     recording,
     vae,
 )
 from gae_core.studies.study import Study
 
-TOPICS = (image_models, bn_vae, bn_vae_text, completion, cvae, denoising, family, image_prior, meg, vae)
+TOPICS = (
+    *(image_models, bn_vae, bn_vae_text, completion, cvae, denoising, family, image_prior),
+    *(meg_plane, meg_controls, meg_chains, meg_images, vae),
+)
 STUDIES: dict[str, Study] = {name: study for topic in TOPICS for name, study in topic.STUDIES.items()}
 MODELS = {name: study for name, study in STUDIES.items() if study.build}  # that are trained without being recorded
 
