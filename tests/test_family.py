@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import itertools
 import math
 import os
 import re
@@ -24,7 +23,6 @@ from gae_core.densities import GaussianMixture, fit_gaussian_mixture
 from gae_core.gaussian import standard_normal_log_prob
 from gae_core.models.likelihoods import NAMES
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
-from gae_core.records import less
 from gae_core.studies import family
 from gae_core.studies.judge import classifier
 
@@ -759,101 +757,18 @@ def test_the_chapter_prints_the_map_of_the_code(tmp_path):
             assert html.unescape(cell).replace("’", "'") == re.sub(r"\$(.*?)\$", r"\\(\1\\)", words)
 
 
-def test_the_chapters_reading_of_the_recorded_runs():
-    """Each sentence under the table, from the records that the table is drawn from."""
-    tables = re.findall(r"```{results-table} (.*)\n:record: mnist-medium", CHAPTER)
-    names, alike = tables[0].split(), [name.removeprefix("family_") for name in tables[1].split()]
-    found = {name.removeprefix("family_"): records.RESULTS / name / "mnist-medium.json" for name in names}
-    found = {name: records.check(path) for name, path in found.items()}
-    assert all(r["rows"] == 10_000 and r["test"] == 2_000 and r["dim"] == 10 for r in found.values())
-    assert found["vae"]["epochs"] == 20
-    assert found["gan"]["epochs"] == found["meg"]["epochs"] == 40
-
-    def row(key):
-        return {name: r["metrics"][key]["mean"] for name, r in found.items() if key in r["metrics"]}
-
-    def clear(a, b, key):
-        """Whether a is clearly below b: the paired test of five seeds."""
-        return less(*(found[n]["metrics"][key]["by seed"] for n in (a, b)))
-
-    error, own, fitted = row("squared error a pixel"), row("Fréchet, own"), row("Fréchet, fitted")
-    trust = row("trustworthiness")
-    density = {name: value for name, value in row("log-density, nats").items() if name in alike}
-    assert all(len(found[n]["seeds"]) == 5 for n in alike if n != "factor_analysis")
-    assert all("log-density, standard error over images" in found[n]["metrics"] for n in density)
-    fit, codes = row("seconds, fit"), row("seconds, codes")
-
-    trained = ("gae", "autoencoder", "batch_norm", "eae", "vae", "iwae", "bn_vae", "cvae")
-    assert all(0.45 < error[name] / error["pca"] < 0.6 for name in trained)
-    assert max(error[name] for name in trained) < error["denoising"] < error["pca"]
-    assert all(error[name] > error["pca"] for name in ("gan", "meg"))
-    share = (error["pca"] - error["local_pca"]) / (error["pca"] - error["autoencoder"])
-    assert 0.6 < share < 0.9 and fit["local_pca"] > max(fit["vae"], fit["autoencoder"])
-
-    assert max(error, key=error.get) in ("k_means", "mixture") and error["k_means"] > 1.2 * error["nmf"]
-
-    yardstick = own.pop("training_images")
-    assert min(own.values()) > 10 * yardstick
-    assert set(sorted(own, key=own.get)[:2]) == {"bn_vae", "eae"}
-    assert own["batch_norm"] < own["vae"] / 2 and 0.75 < own["eae"] / own["batch_norm"] < 0.85
-    assert max(own[n] for n in own if found[n]["epochs"]) == own["vae"] > 1.8 * own["gan"]
-    assert all(clear(n, "vae", "Fréchet, own") and own[n] < 1.3 * own["gan"] for n in ("vae_fixed", "vae_bernoulli"))
-    order = ["iwae", "vae", "autoencoder", "vae_bernoulli"]
-    assert all(clear(a, b, "Fréchet, fitted") for a, b in itertools.pairwise(order))
-    assert clear("autoencoder", "vae_fixed", "Fréchet, fitted")
-    assert own["vae"] > 6 * fitted["vae"]
-    assert "Fréchet, own" not in found["autoencoder"]["metrics"] and "Fréchet, fitted" not in found["gan"]["metrics"]
-
-    steps = ["mixture", "iwae", "vae", "autoencoder"]
-    assert all(clear(b, a, "log-density, nats") for a, b in itertools.pairwise(steps))
-    assert [density[a] - density[b] for a, b in itertools.pairwise(steps)] == pytest.approx([55, 6, 7], abs=1)
-    assert max(density, key=density.get) == "mixture" and density["autoencoder"] > max(
-        density[n] for n in ("vae_fixed", "vae_bernoulli", "pca", "ppca", "factor_analysis")
-    )
-    gain = row("log-density, gain of a noise a pixel")
-    assert gain["iwae"] == pytest.approx(80, abs=5) and gain["pca"] == pytest.approx(166, abs=1)
-    assert abs(density["pca"] - density["factor_analysis"]) < 2
-    behind = [(density["mixture"] - density[n] + gain[n]) / (density["mixture"] - density[n]) for n in steps[1:]]
-    assert all(2 < times < 3 for times in behind)
-    assert max(row("log-density, rise at the last doubling of draws")[n] for n in steps[1:]) < 0.1
-    assert all(row("log-density, standard error over images")[n] < 2.3 for n in density)
-    assert 3e6 < found["mixture"]["parameters"] < 3.2e6
-    assert all(0.85 < own[name] / own["ppca"] < 1 for name in ("vae", "iwae"))
-
-    three, linear = ("autoencoder", "vae", "iwae"), ("pca", "ppca", "factor_analysis")
-    odd = {
-        f"{of}, {kind}": row(f"AUROC of the {of}, {kind}")
-        for of in ("density", "error")
-        for kind in ("turned", "halves")
+def test_a_dash_of_the_recorded_tables_is_what_the_chapter_says_that_a_member_cannot_do():
+    has = {}
+    for path in records.RESULTS.glob("family_*/mnist-medium.json"):
+        has[path.parent.name.removeprefix("family_")] = set(records.check(path)["metrics"])
+    no = {
+        "Fréchet, own": {"pca", "nmf", "k_means", "local_pca", "autoencoder", "lle", "t_sne"},
+        "Fréchet, fitted": {"mixture", "gan", "meg", "cvae", "lle", "t_sne", "training_images"},
+        "trustworthiness": {"k_means", "local_pca", "training_images"},
+        "squared error a pixel": {"lle", "t_sne", "training_images"},
+        "seconds, fit": {"t_sne", "training_images"},
     }
-    for name in three:
-        assert odd["error, turned"][name] > max(odd["density, turned"].values())
-        assert 0.925 < odd["error, halves"][name] < 0.945
-    assert all(0.88 < odd["density, halves"][name] < 0.905 for name in (*three, "mixture"))
-    assert max(odd[key][n] for key in odd for n in linear if key.endswith("halves")) < 0.8
-    assert max(odd[key][n] for key in odd for n in linear if key.endswith("turned")) < 0.93
-    missing = row("squared error of a missing pixel")
-    variational = ("vae", "vae_fixed", "vae_bernoulli", "iwae")
-    assert all(clear("mixture", n, "squared error of a missing pixel") for n in (*variational, "autoencoder"))
-    assert max(missing[n] for n in variational) < missing["autoencoder"] < missing["bn_vae"]
-    assert missing["bn_vae"] < min(missing[n] for n in linear)
-    assert max(v for n, v in missing.items() if n != "training_images") < missing["training_images"]
-
-    low = ("lle", "nmf", "mixture", "gan", "meg")
-    assert max(trust[name] for name in low) < 0.94 < trust["t_sne"]
-    assert min(v for name, v in trust.items() if name not in (*low, "t_sne")) > 0.975
-    assert max(trust.values()) - trust["pca"] < 0.01 and max(trust.values()) - trust["t_sne"] < 0.03
-
-    assert fit["pca"] < 2
-    encoders = ("autoencoder", "eae", "vae", "bn_vae", "cvae")
-    assert all(8 < fit[name] < 20 for name in encoders)
-    assert min(fit["gae"], fit["iwae"]) > max(fit[n] for n in encoders)
-    assert all(40 < fit[name] < 100 for name in ("mixture", "lle"))
-    assert "t_sne" not in fit and "training_images" not in fit
-    assert codes["gae"] > 10 * codes["autoencoder"] and codes["gan"] > 100 * codes["autoencoder"]
-    for key in ("Fréchet, own", "squared error a pixel"):  # two seeds each: no order
-        gan, meg = (found[n]["metrics"][key] for n in ("gan", "meg"))
-        assert abs(gan["mean"] - meg["mean"]) < 2 * math.hypot(gan["standard error"], meg["standard error"])
+    assert {key: {name for name, metrics in has.items() if key not in metrics} for key in no} == no
 
 
 def test_the_settings_of_the_chapter_are_those_of_the_code():
@@ -861,12 +776,12 @@ def test_the_settings_of_the_chapter_are_those_of_the_code():
     gae, denoising = how["gae"], how["denoising"]
     assert not gae["second_order"]
     for told in (
-        f"Batches of {family.BATCH}, Adam with a rate of {family.LR} ({how['gan']['lr']} for GAN and MEG)",
-        f"GAE: {gae['steps']} steps of {gae['step_size']} with $\\sigma = {gae['sigma']}$",
-        f"noise of {denoising['corruption']}, $\\sigma = {denoising['sigma']}$, walkback of {denoising['walkback']}",
+        f"Batches of {family.BATCH}, Adam with a rate of ${family.LR}$ (${how['gan']['lr']}$ for GAN and MEG)",
+        f"GAE: {gae['steps']} steps of ${gae['step_size']}$ with $\\sigma = {gae['sigma']}$",
+        f"noise of ${denoising['corruption']}$, $\\sigma = {denoising['sigma']}$, walkback of {denoising['walkback']}",
         f"EAE: $\\lambda = {how['eae']['lam']:g}$, and {how['batch_norm']['lam']:g} where only",
         f"IWAE with {how['iwae']['samples']} samples, BN-VAE with $\\gamma = {how['bn_vae']['gamma']}$",
-        f"standard deviation {how['vae_fixed']['sigma']}, and with a cross-entropy",
+        f"standard deviation ${how['vae_fixed']['sigma']}$, and with a cross-entropy",
         f"MEG: $\\lambda = {how['meg']['lam']:g}$",
         f"Mixture of Gaussians: {how['mixture']['max_iter']} steps",
         f"the best of {how['k_means']['starts']} starts; local PCA: one start, at most {how['local_pca']['max_steps']}",
@@ -878,13 +793,3 @@ def test_the_settings_of_the_chapter_are_those_of_the_code():
     assert how["meg"]["lr"] == how["gan"]["lr"] and family.STARTS == 4
     size = family.SIZES["medium"]
     assert (size.rows, size.test, size.density, size.probe) == (10_000, 2_000, 2_000, 500)
-    gains = {}
-    for path in records.RESULTS.glob("family_*/mnist-medium.json"):
-        record = records.check(path)
-        if "log-density, gain of a noise a pixel" in record["metrics"]:
-            gains[record["model"]] = record["metrics"]["log-density, gain of a noise a pixel"]["mean"]
-            assert (record["density"], record["draws"], record["probe"]) == (2000, 100, 500)
-    table = [name for name in re.findall(r"```{results-table} (.*)", CHAPTER)[1].split() if name in gains]
-    networks = [gains[name] for name in table if name != "family_pca"]
-    assert len(networks) >= 6 and 80 < min(networks) and max(networks) < 125
-    assert gains["family_pca"] == pytest.approx(166, abs=0.5)
