@@ -12,6 +12,8 @@ from torch import nn
 
 from gae_core import parallel
 from gae_core.models.eae import EAE
+from gae_core.models.gae import GAE
+from gae_core.models.meg import MEG, WGANGP
 from gae_core.nets import mlp
 from gae_core.normalization import CodeBatchNorm, CoupledBatchNorm, FixedScaleBatchNorm
 from gae_core.train import fit
@@ -30,6 +32,28 @@ def eae(seed=0):
     # Batch norm hides this shift: its gradient is rounding error, which Adam would magnify.
     model.encoder[-1].bias.requires_grad_(False)
     return model
+
+
+def made(kind, *arguments, seed=0, **options):
+    """A model of random networks in double precision."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(*(mlp(widths) for widths in arguments), DIM, **options).double()
+
+
+def drawing():
+    """Models whose losses draw more than noise a row, or compare rows of the batch: name -> a new one."""
+    shapes, one = ([DIM, 16, 5], [5, 16, 1]), {"energy_steps": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        critic, inverse = mlp([5 + DIM, 16, 1]), mlp([5, 16, DIM])
+    return {
+        "WGAN-GP": made(WGANGP, *shapes, **one),
+        "MEG, jsd": made(MEG, *shapes, statistics=critic, noise=0.1, **one),
+        "MEG, reconstruct": made(MEG, *shapes, surrogate="reconstruct", statistics=inverse, sigma=None, **one),
+        "MEG, knn": made(MEG, *shapes, surrogate="knn", **one),
+        "GAE": made(GAE, [DIM, 16, 5], steps=3, step_size=0.05, n_starts=3),
+    }
 
 
 class Noisy(nn.Module):
@@ -72,6 +96,7 @@ def work(folder):
         ("noise, one step", Noisy(), 128, 1, {}),
         ("noise, long", Noisy(), 300, 4, {}),
         ("started apart", eae(seed=rank), 128, 1, {}),
+        *((name, model, 300, 4, {}) for name, model in drawing().items()),
     ):
         history = fit(model, x[:n], y[:n], epochs=epochs, **OPTIONS, **more)
         results[name] = state(model) | history
@@ -139,7 +164,7 @@ def results(tmp_path_factory):
     return alone, *(torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
 
 
-@pytest.mark.parametrize("name", ["EAE, one step", "EAE, long", "noise, one step", "noise, long", "parts"])
+@pytest.mark.parametrize("name", ["EAE, one step", "EAE, long", "noise, one step", "noise, long", *drawing(), "parts"])
 def test_two_processes_give_gradients_weights_statistics_and_losses_of_one(name, results):
     alone, *both = results
     for found in both:
