@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gae_core import data, experiments, plots, records, train
+from gae_core import data, experiments, parallel, plots, records, train
 
 DATA = {
     "digits": "1,797 images of 8×8, inside scikit-learn",
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="models, data sets and sizes")
 
-    command = commands.add_parser("train", help="train one model and keep a checkpoint")
+    command = commands.add_parser("train", help="train one model and keep a checkpoint, on several GPUs by torchrun")
     command.add_argument("name", type=model)
     command.add_argument("--checkpoint", type=Path, help="default NAME.pt")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
@@ -116,6 +116,10 @@ def _train(options: argparse.Namespace) -> None:
     experiments.label(model, **about)
     how = {"device": options.device, "checkpoint": path, "resume": options.resume}
     history = experiments.fit(model, images, size=options.size, seed=options.seed, **how)
+    rank, _ = parallel.rank_and_size()
+    parallel.leave()
+    if rank > 0:  # the first process speaks for all
+        return
     last = {name: values[-100:].mean().item() for name, values in history.items()}
     print(f"{path}: mean of the last steps: {', '.join(f'{name} {value:.3f}' for name, value in last.items())}")
 
@@ -166,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {"list": _list, "train": _train, "run": _run, "data": _data, "sample": _sample, "report": _report}
     try:
+        if options.command != "train" and parallel.started() > 1:
+            raise ValueError(f"torchrun starts `train` alone, which shares its batches: call {options.command} without")
         commands[options.command](options)
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
