@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gae_core import data, plots, records, train
+from gae_core import data, parallel, plots, records, train
 from gae_core.studies import registry
 from gae_core.studies.study import SIZES
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="models, data sets and sizes")
 
-    command = commands.add_parser("train", help="train one model and keep a checkpoint")
+    command = commands.add_parser("train", help="train one model and keep a checkpoint, on several GPUs by torchrun")
     command.add_argument("name", type=model)
     command.add_argument("--checkpoint", type=Path, help="default NAME.pt")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
@@ -118,6 +118,10 @@ def _train(options: argparse.Namespace) -> None:
     registry.label(model, **about)
     how = {"device": options.device, "checkpoint": path, "resume": options.resume, "progress": True}
     training = registry.fit(options.name, model, images.x_train, **run, **how)
+    rank, _ = parallel.rank_and_size()
+    parallel.leave()
+    if rank > 0:  # the first process speaks for all
+        return
     last = {name: values[-100:].mean().item() for name, values in training.history.items()}
     print(f"{path}: mean of the last steps: {', '.join(f'{name} {value:.3f}' for name, value in last.items())}")
 
@@ -168,6 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {"list": _list, "train": _train, "run": _run, "data": _data, "sample": _sample, "report": _report}
     try:
+        if options.command != "train" and parallel.started() > 1:
+            raise ValueError(f"torchrun starts `train` alone, which shares its batches: call {options.command} without")
         commands[options.command](options)
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)

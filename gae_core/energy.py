@@ -62,7 +62,12 @@ def gradient_penalty_r1(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
 
 
 def gradient_penalty_wgan(
-    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, generator: Generator | None = None
+    critic: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    place: Tensor | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     r"""One-centred gradient penalty of WGAN-GP, at a uniform place between a datum and a sample.
 
@@ -72,6 +77,7 @@ def gradient_penalty_wgan(
         critic: maps (n, ...) to (n,), row by row.
         real: data, (n, ...).
         fake: samples, of the same shape.
+        place: a, (n,), where it is not to be drawn here.
         generator: of the places.
 
     Returns:
@@ -88,7 +94,11 @@ def gradient_penalty_wgan(
             f"real and fake must have one shape and type, got {tuple(real.shape)} of {real.dtype} and "
             f"{tuple(fake.shape)} of {fake.dtype}"
         )
-    place = torch.rand(len(real), *[1] * (real.ndim - 1), generator=generator, dtype=real.dtype, device=real.device)
+    if place is None:
+        place = torch.rand(len(real), generator=generator, dtype=real.dtype, device=real.device)
+    if place.shape != real.shape[:1]:
+        raise ValueError(f"place must have one number for each row of real, ({len(real)},), got {tuple(place.shape)}")
+    place = place.view(-1, *[1] * (real.ndim - 1))
     squared = _slopes(critic, place * real + (1 - place) * fake)
     return ((squared + 1e-12).sqrt() - 1).square()  # the root has no slope at 0
 

@@ -11,6 +11,11 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 
+def started() -> int:
+    """How many processes ``torchrun`` started: 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of processes: (0, 1) where torch.distributed is not in use."""
     used = dist.is_available() and dist.is_initialized()
@@ -21,16 +26,31 @@ def start(device: torch.device) -> None:
     """Join the processes that ``torchrun`` started, if it did (gloo on the CPU, else nccl), and wait for all.
 
     With nccl each process takes the CUDA device of its local rank.
+
+    Raises:
+        ValueError: for one CUDA device named for all processes, or fewer of them here than processes.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if started() > 1 and not dist.is_initialized():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if device.index is not None or local >= devices:
+                raise ValueError(
+                    f"device must be cuda under torchrun, where each process takes one of its own, and these are "
+                    f"{devices}: got {device} for process {local}; set --nproc-per-node to {devices} or fewer"
+                )
+            device = torch.device("cuda", local)
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
     if rank_and_size()[1] > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any: a process that ends without it is warned by nccl."""
+    if rank_and_size()[1] > 1:
+        dist.destroy_process_group()
 
 
 def own(x: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ def fit(
 
     Started with ``torchrun``, the processes share every batch and average their gradients: see
     :mod:`gae_core.parallel`, by which a model draws its noise, lest all processes draw the same. The batch norm and the
-    entropy of the code are those of the whole batch; other batch norms see the rows of their process. The first process
+    entropy of the code are those of the whole batch, and so is what stands for the entropy of samples; other batch
+    norms and free bits see the rows of their process. The first process
     alone writes checkpoints (to a folder that all see), shows progress and calls back.
 
     Args:

@@ -1,6 +1,9 @@
 """Two processes that share a batch do what one process does with all of it. This file is also what they run."""
 
+import contextlib
+import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import make_dataclass
@@ -10,8 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from gae_core import parallel
+from gae_core import experiments, parallel
+from gae_core.__main__ import main
 from gae_core.models.eae import EAE
+from gae_core.models.gae import GAE
+from gae_core.models.meg import MEG, WGANGP
 from gae_core.nets import mlp
 from gae_core.normalization import CodeBatchNorm, CoupledBatchNorm, FixedScaleBatchNorm
 from gae_core.train import fit
@@ -30,6 +36,28 @@ def eae(seed=0):
     # Batch norm hides this shift: its gradient is rounding error, which Adam would magnify.
     model.encoder[-1].bias.requires_grad_(False)
     return model
+
+
+def made(kind, *arguments, seed=0, **options):
+    """A model of random networks in double precision."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(*(mlp(widths) for widths in arguments), DIM, **options).double()
+
+
+def drawing():
+    """Models whose losses draw more than noise a row, or compare rows of the batch: name -> a new one."""
+    shapes, one = ([DIM, 16, 5], [5, 16, 1]), {"energy_steps": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        critic, inverse = mlp([5 + DIM, 16, 1]), mlp([5, 16, DIM])
+    return {
+        "WGAN-GP": made(WGANGP, *shapes, **one),
+        "MEG, jsd": made(MEG, *shapes, statistics=critic, noise=0.1, **one),
+        "MEG, reconstruct": made(MEG, *shapes, surrogate="reconstruct", statistics=inverse, sigma=None, **one),
+        "MEG, knn": made(MEG, *shapes, surrogate="knn", **one),
+        "GAE": made(GAE, [DIM, 16, 5], steps=3, step_size=0.05, n_starts=3),
+    }
 
 
 class Noisy(nn.Module):
@@ -72,6 +100,7 @@ def work(folder):
         ("noise, one step", Noisy(), 128, 1, {}),
         ("noise, long", Noisy(), 300, 4, {}),
         ("started apart", eae(seed=rank), 128, 1, {}),
+        *((name, model, 300, 4, {}) for name, model in drawing().items()),
     ):
         history = fit(model, x[:n], y[:n], epochs=epochs, **OPTIONS, **more).history
         results[name] = state(model) | history
@@ -127,6 +156,20 @@ def work(folder):
     return results
 
 
+def command_line(folder):
+    """What each process says, and returns, when torchrun starts the program on three thousand digits."""
+    experiments.SIZES["short"] = experiments.Size(experiments.SIZES["short"].pair, 3)
+    train = ["train", "autoencoder", "--data", "digits", "--size", "short", "--device", "cpu"]
+    results = {"status": [], "out": [], "err": []}
+    for arguments in ([*train, "--checkpoint", str(folder / "autoencoder.pt")], ["list"]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            results["status"].append(main(arguments))
+        results["out"].append(out.getvalue())
+        results["err"].append(err.getvalue())
+    return results
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What one process finds, and each of two under torchrun."""
@@ -139,7 +182,7 @@ def results(tmp_path_factory):
     return alone, *(torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
 
 
-@pytest.mark.parametrize("name", ["EAE, one step", "EAE, long", "noise, one step", "noise, long", "parts"])
+@pytest.mark.parametrize("name", ["EAE, one step", "EAE, long", "noise, one step", "noise, long", *drawing(), "parts"])
 def test_two_processes_give_gradients_weights_statistics_and_losses_of_one(name, results):
     alone, *both = results
     for found in both:
@@ -185,9 +228,32 @@ def test_a_batch_that_cannot_be_shared_is_named(results):
         assert "a multiple of the 2 process(es) between 1 and n, got epochs=1, batch_size=127" in found["odd batch"]
 
 
+def test_the_program_trains_on_all_and_speaks_once(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(experiments.SIZES, "short", experiments.SIZES["short"])  # as before, afterwards
+    alone, first, second = command_line(tmp_path), *(found["command line"] for found in results[1:])
+    assert alone["status"] == [0, 0] and first["status"] == second["status"] == [0, 1]
+    assert first["out"][0].count("mean of the last steps") == 1 and second["out"] == ["", ""]
+    numbers = [[float(v) for v in re.findall(r" (\d+\.\d+)", found["out"][0])] for found in (alone, first)]
+    assert numbers[0] and numbers[1] == pytest.approx(numbers[0], abs=0.002)  # printed to 0.001
+    for found in (first, second):
+        assert found["err"] == [
+            "",
+            "error: torchrun starts `train` alone, which shares its batches: call list without\n",
+        ]
+
+
+@pytest.mark.parametrize(("device", "local", "devices"), [("cuda:0", 0, 2), ("cuda", 2, 2), ("cuda", 0, 0)])
+def test_processes_have_a_device_each(device, local, devices, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    with pytest.raises(ValueError, match=f"these are {devices}: got {device} for process {local}"):
+        parallel.start(torch.device(device))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
-    found = work(Path(sys.argv[1]))
-    torch.save(found, Path(sys.argv[1]) / f"{parallel.rank_and_size()[0]}.pt")
-    torch.distributed.destroy_process_group()
+    folder, rank = Path(sys.argv[1]), parallel.rank_and_size()[0]
+    found = work(folder)
+    torch.save(found | {"command line": command_line(folder)}, folder / f"{rank}.pt")

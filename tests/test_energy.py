@@ -433,6 +433,10 @@ def test_the_normaliser_has_the_gradient_of_the_negative_phase():
             "log_prob must map .* got .*100, 1",
         ),
         (lambda: gradient_penalty_wgan(quadratic, torch.ones(3, 2), torch.ones(2, 2)), "one shape"),
+        (
+            lambda: gradient_penalty_wgan(quadratic, torch.ones(3, 2), torch.ones(3, 2), place=torch.ones(2)),
+            r"place must have one number for each row of real, \(3,\), got \(2,\)",
+        ),
         (lambda: log_normalizer_2d(quadratic, 1, 1, 10), "low must be below high"),
         (lambda: log_normalizer_2d(quadratic, 0, 1, 1), "points a whole number, at least 2"),
         (lambda: log_normalizer_2d(lambda x: x, 0, 1, 10), "energy must map"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from gae_core import parallel
 from gae_core.gaussian import standard_normal_log_prob
 from gae_core.models.autoencoder import Autoencoder
 
@@ -123,8 +124,10 @@ class GAE(Autoencoder):
         z = parameter.new_zeros(self.n_starts, len(x), self.dim)
         if self.n_starts > 1:
             device = z.device if generator is None else generator.device
-            shape = (self.n_starts - 1, 1 if alike else len(x), self.dim)
+            rows = 1 if alike else len(x) * parallel.rank_and_size()[1]  # one draw for the batch of all processes
+            shape = (self.n_starts - 1, rows, self.dim)
             noise = torch.randn(shape, generator=generator, device=device, dtype=z.dtype)
+            noise = noise if alike else parallel.own(noise.transpose(0, 1)).transpose(0, 1)
             z = torch.cat([z[:1], noise.to(z.device).expand_as(z[1:])])
         rows = x.repeat(self.n_starts, *[1] * (x.ndim - 1))
         z = z.flatten(0, 1)

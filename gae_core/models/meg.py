@@ -1,7 +1,7 @@
 """Maximum-entropy generators for energy-based models (Kumar et al., 2019). Derived in *Maximum-entropy generators*."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -165,15 +165,19 @@ class MEG(nn.Module):
         """Terms, in nats, of what stands for the entropy of samples x (batch, ...) with codes z (batch, dim)."""
         if self.surrogate == "jsd":
             flat = x.flatten(1)
-            others = permute_rows(z, generator=generator)
+            others = self._of_the_batch(lambda z: permute_rows(z, generator=generator), z)
             pairs = torch.cat([torch.cat([flat, z], 1), torch.cat([flat, others], 1)])
             joint, apart = self.statistics(pairs)[:, 0].chunk(2)
             return jsd_terms(joint, apart)
         if self.surrogate == "reconstruct":
-            return reconstruction_terms(z, self.statistics(x), self.sigma)
+            return self._of_the_batch(lambda *v: reconstruction_terms(*v, self.sigma), z, self.statistics(x))
         if self.surrogate == "knn":
-            return knn_local_entropy(x.flatten(1), duplicates="clamp")
+            return self._of_the_batch(lambda x: knn_local_entropy(x, duplicates="clamp"), x.flatten(1))
         return torch.zeros_like(z[:, 0])
+
+    def _of_the_batch(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """What a function of a whole batch says of these rows; in training that of all processes is whole."""
+        return parallel.own(function(*map(parallel.gather, rows))) if self.training else function(*rows)
 
     def loss(
         self, x: Tensor, y: Tensor | None = None, *, player: str, generator: Generator | None = None
@@ -221,4 +225,5 @@ class WGANGP(MEG):
 
     def penalty(self, x: Tensor, fake: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Penalty of the critic's slope, (batch,): squared excess of its length over 1 between data and samples."""
-        return gradient_penalty_wgan(self.energy_of, x, fake, generator=generator)
+        place = parallel.rand_like(x.new_empty(len(x)), generator=generator)
+        return gradient_penalty_wgan(self.energy_of, x, fake, place=place)
