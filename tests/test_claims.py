@@ -214,7 +214,7 @@ def test_what_a_chapter_says_of_the_records_is_so(page):
 
 
 # Chapters whose prose under the tables still has numbers typed by hand.
-PENDING = {"bn_vae_text", "family", "meg"}
+PENDING = {"family", "meg"}
 TYPED = re.compile(r"(?<![\w.,/^_-])\d*\.\d+(?![\w.])|\d+ ?%")
 NOT_PROSE = re.compile(
     r"(?s)(`{3,})(?!`).*?(?<!`)\1(?!`)|:::.*?:::|\$\$.*?\$\$|\$[^$]*\$"
