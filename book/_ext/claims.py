@@ -1,6 +1,6 @@
 r"""Sphinx extension: sentences that say what the records say, or the build fails.
 
-``{value}`` prints from records what stands before the last semicolon, ``{claim}`` its words if the condition holds::
+``{value}`` prints from records what stands before the semicolon, ``{claim}`` its words if the condition holds::
 
     {value}`eae | Fréchet, N(0, I)`                         212.3 ± 1.9
     {value}`[eae | squared error] / [vae | squared error]; .2f`   1.13
@@ -42,6 +42,7 @@ from gae_core import records
 ROLE = re.compile(r"\{(value|claim)\}`([^`]+)`")
 CURVE = re.compile(r"(last|highest|at (\d+)|point (-?[1-9]\d*)) of (.+)")
 REFERENCE = re.compile(r"\[([^\[\]|]+?) \| ([^\[\]]+?)\]")
+SEMICOLON = re.compile(r";(?![^\[\]]*\])")  # outside of a reference: there is a metric I(x; z)
 MATHS = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
     ast.Pow: operator.pow,
@@ -102,7 +103,7 @@ class Reading:
         self.folder, self.read = folder, {}
         self.functions = {
             "less": lambda a, b: self._each(clearly_less, a, b),
-            "level": lambda a, b: not self.functions["less"](a, b) and not self.functions["less"](b, a),
+            "level": lambda a, b: self._each(lambda x, y: not clearly_less(x, y) and not clearly_less(y, x), a, b),
             "near": lambda a, b, by: self._each(lambda x, y: abs(x.mean - y.mean) <= by[0].mean, a, b),
             "min": lambda *args: [min((q for a in args for q in a), key=lambda q: q.mean)],
             "max": lambda *args: [max((q for a in args for q in a), key=lambda q: q.mean)],
@@ -239,7 +240,8 @@ class Reading:
         Raises:
             ValueError: for a claim that does not hold, and as in :meth:`evaluate`.
         """
-        before, _, after = (part.strip() for part in text.partition(";"))
+        before, *rest = (part.strip() for part in SEMICOLON.split(text, maxsplit=1))
+        after = "".join(rest)
         if role == "claim":
             if self.evaluate(after) is not True:
                 raise ValueError(f"the records do not say {before!r}: {self.explain(after)}")
