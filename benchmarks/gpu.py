@@ -38,16 +38,21 @@ def call(*arguments: str) -> None:
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
 
 
+def needs(path: Path) -> set[str]:
+    """What a file imports, by itself or by the files of tests/ and book/_ext that it imports."""
+    ours = {p.stem: p for folder in ("tests", "book/_ext") for p in (ROOT / folder).glob("*.py")}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    top = {name.split(".")[0] for name in names}
+    return set().union(top - ours.keys(), *(needs(ours[name]) for name in top & ours.keys()))
+
+
 def tests_that_can_run() -> list[str]:
     """The files of tests/ whose imports are installed; says which are left out, and why."""
     found = []
     for path in [ROOT / "tests" / "conftest.py", *sorted((ROOT / "tests").glob("test_*.py"))]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        here = {"helpers", *(p.stem for p in (ROOT / "book" / "_ext").glob("*.py"))}
-        top = {name.split(".")[0] for name in names} - here
-        missing = sorted(name for name in top | {"pytest"} if importlib.util.find_spec(name) is None)
+        missing = sorted(name for name in needs(path) | {"pytest"} if importlib.util.find_spec(name) is None)
         if missing:
             print(f"{path.name} is left out: {', '.join(missing)} not installed here")
             if path.name == "conftest.py":

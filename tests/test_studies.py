@@ -442,6 +442,15 @@ def test_a_record_that_is_not_whole_is_refused(changes, match, tmp_path):
         records.check(record(tmp_path / "a" / "mnist-full.json", **changes))
 
 
+def test_tests_whose_tools_need_what_is_not_here_are_left_out(monkeypatch, capsys):
+    """The ledger's tests import the ledger, which imports the parser that the book is built with."""
+    find = gpu.importlib.util.find_spec
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "myst_parser" else find(name))
+    found = {Path(path).name for path in gpu.tests_that_can_run()}
+    assert "test_experiments.py" in found and "test_ledger.py" not in found
+    assert "test_ledger.py is left out: myst_parser not installed here" in capsys.readouterr().out
+
+
 def archive(folder, name, path):
     folder.mkdir(exist_ok=True)
     with tarfile.open(folder / name, "w:gz") as file:
