@@ -47,6 +47,7 @@ def gather(x: Tensor) -> Tensor:
     return x if rank_and_size()[1] == 1 else _Gather.apply(x)
 
 
+# By hand, as _Sum of normalization: torch.distributed.nn's is deprecated (torch 2.12), and refuses torch.compile.
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

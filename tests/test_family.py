@@ -337,6 +337,21 @@ def test_the_importance_estimate_is_exact_for_a_linear_decoder_with_a_noise_for_
     torch.testing.assert_close(one.values, factor_log_likelihood(x, mu, W, torch.full((6,), 0.49).double()))
 
 
+def test_a_linear_decoder_has_the_density_of_its_whole_covariances():
+    _, mu, W, x, noise, _ = linear_model(entries=30)
+    prior = two_components()
+    weights, components = family.linear_mixture(mu, W, noise, prior)
+    covariance = W @ W.T + noise.diag()
+    parts = [torch.distributions.MultivariateNormal(mu + W @ mean, covariance).log_prob(x) for mean in prior.means]
+    expected = (torch.stack(parts, 1) + prior.weights.log()).logsumexp(1)
+    found = family.gaussian_mixture_density(x, weights, components)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    whole = [torch.distributions.MultivariateNormal(c.mean, covariance) for c in components]
+    seen = torch.arange(30) % 3 > 0
+    short, long = (family.gaussian_mixture_fill(x, seen, weights, given) for given in (components, whole))
+    torch.testing.assert_close(short, long, rtol=1e-11, atol=1e-11)
+
+
 def test_the_importance_estimate_is_never_above_on_average_and_says_what_doubling_changes():
     """With a mixture as prior the proposal is not the posterior: below on average, near with many draws."""
     decode, mu, W, x, noise, generator = linear_model()
@@ -407,7 +422,7 @@ def test_of_several_searches_the_best_is_taken():
     assert fill(starts[:, :2]) == pytest.approx(-2, abs=0.01)
 
 
-def test_odd_images_are_odd_as_a_whole_and_ranks_count_ties_half():
+def test_odd_images_are_odd_as_a_whole():
     images = family.images_of("digits", "short")
     x, y = images.x_test, images.y_test
     odd = family.odd_images(x, y, torch.Generator().manual_seed(0))
@@ -417,8 +432,6 @@ def test_odd_images_are_odd_as_a_whole_and_ranks_count_ties_half():
     origin = (right[:, None] == x[None, ..., 4:]).flatten(2).all(2)  # of which images it is the right half
     assert all((origin[i] & (y != y[i])).any() for i in range(len(x)))
     assert len(torch.unique(right.flatten(1), dim=0)) > len(x) / 4  # not a few for all
-    assert family.auroc(torch.tensor([1.0, 2]), torch.tensor([0.0, 1])) == pytest.approx(7 / 8)
-    assert family.auroc(torch.ones(3), torch.ones(4)) == 0.5
 
 
 @pytest.mark.parametrize("name", ["pca", "ppca", "k_means", "mixture", "local_pca"])

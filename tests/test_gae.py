@@ -100,6 +100,22 @@ def test_the_likelihoods_of_factor_analysis_and_ppca_are_scikit_learns(digits):
     np.testing.assert_allclose(ours, pca.score_samples(x), rtol=0, atol=1e-8)
 
 
+def test_the_likelihood_of_factor_analysis_is_that_of_its_whole_covariance():
+    """As many entries as MNIST has pixels, and a noise of which there is little: nothing is lost by the short way."""
+    generator = torch.Generator().manual_seed(0)
+    for entries, dim, least in ((1, 1, 0.1), (40, 3, 1e-3), (784, 10, 0.1)):
+        shapes = ((20, entries), (entries,), (entries, dim), (entries,))
+        x, mu, W, psi = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        psi = least * psi.exp()
+        whole = torch.distributions.MultivariateNormal(mu, W @ W.T + psi.diag()).log_prob(x)
+        torch.testing.assert_close(factor_log_likelihood(x, mu, W, psi), whole, rtol=1e-12, atol=1e-12)
+        half = factor_log_likelihood(*(v.float() for v in (x, mu, W, psi)))
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half.double(), whole, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="q at least 1"):
+        factor_log_likelihood(x, mu, W[:, :0], psi)
+
+
 # The claims of the chapter, one by one.
 
 

@@ -53,8 +53,8 @@ def labels(text):
         ("$$ a = b $$ (eq-t-a)", ["eq-t-a"]),
         ("$$\na = b\n$$ (def-t-a)\n", ["def-t-a"]),
         ("$$\na = b\n$$\n", [None]),
-        ("words $$ a $$ words", [None]),
-        ("$$ a $$ (eq-t-a) and $$ b $$ (eq-t-b)", ["eq-t-a", "eq-t-b"]),
+        ("$$ a $$ (eq-t-a)\n$$ b $$ (eq-t-b)", ["eq-t-a", "eq-t-b"]),
+        ("> $$ a $$ (eq-t-a)\n>\n> ```{math}\n> b\n> ```", ["eq-t-a", None]),
         ("```{math}\n:label: eq-t-a\na = b\n```", ["eq-t-a"]),
         (":::{math}\na = b\n:::", [None]),
         ("````{prf:theorem} T\n:label: thm-a\n```{math}\n:label: eq-t-a\na\n```\n$$ b $$\n````", ["eq-t-a", None]),
@@ -90,10 +90,20 @@ def test_what_is_never_closed_is_an_error(text):
         equations(text, "page.md")
 
 
+@pytest.mark.parametrize("text", ["words $$ a $$ words", "$$ a $$ (eq-t-a) and $$ b $$ (eq-t-b)"])
+def test_an_equation_amid_a_line_is_an_error(text):
+    """The page shows dollars there."""
+    with pytest.raises(ValueError, match=r"page\.md:1: this \$\$ is never closed, or does not begin and end its lines"):
+        equations(text, "page.md")
+
+
 def test_line_numbers_point_at_the_equation():
     assert equations("one\n\n$$\na\n$$ (eq-t-a)\n\n$$ b $$", "p") == [
         Equation("eq-t-a", "p", 3),
         Equation(None, "p", 7),
+    ]
+    assert equations("- item\n\n  ````{prf:proof} P\n  :label: l\n\n  ```{math}\n  a\n  ```\n  ````", "p") == [
+        Equation(None, "p", 6)
     ]
 
 

@@ -325,16 +325,18 @@ def test_the_customary_split_has_these_prevalences():
     assert {digit: int((y == digit).sum()) for digit in DIGITS} == DIGITS
 
 
-def test_detection_is_scikit_learns_with_ties_and_without():
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
+def test_detection_is_that_of_its_definitions_with_ties_and_without():
+    """A chance of pairs, ties half; and the mean over anomalies of the precision among all that score as high."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(0, 12, (300,), generator=generator).double()
     anomaly = torch.rand(300, generator=generator) < 0.1 + 0.02 * scores
     for s in (scores, scores + 1e-3 * torch.randn(300, generator=generator)):
-        found = metrics.detection(s, anomaly)
-        assert found.auroc == pytest.approx(roc_auc_score(anomaly, s), abs=1e-12)
-        assert found.auprc == pytest.approx(average_precision_score(anomaly, s), abs=1e-12)
+        found, high = metrics.detection(s, anomaly), s[anomaly]
+        pairs = (high[:, None] > s[~anomaly]).double() + 0.5 * (high[:, None] == s[~anomaly]).double()
+        assert found.auroc == pytest.approx(float(pairs.mean()), abs=1e-12)
+        precision = (high >= high[:, None]).sum(1) / (s >= high[:, None]).sum(1).double()
+        assert found.auprc == pytest.approx(float(precision.mean()), abs=1e-12)
+        assert found.prevalence == pytest.approx(float(anomaly.double().mean()), abs=1e-12)
         assert found.least <= found.auprc
     perfect = metrics.detection(anomaly.double(), anomaly)
     assert perfect.auroc == perfect.auprc == 1

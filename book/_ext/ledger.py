@@ -5,16 +5,22 @@ least one test names it: ``@pytest.mark.checks("eq-...", how="symbolic")``. One 
 """
 
 import ast
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from myst_parser.config.main import MdParserConfig
+from myst_parser.parsers.mdit import create_md_parser
+
 HOW = ("symbolic", "exact", "statistical")
 LABEL = re.compile(r"(eq|def)-[a-z0-9_]+(-[a-z0-9_]+)*")
-FENCE = re.compile(r"\s*(?P<mark>`{3,}|~{3,}|:{3,})\s*(?:\{(?P<directive>[^}]+)\})?(?P<rest>.*)")
-AMSMATH = re.compile(r"\s*\\begin\{((?:equation|align|alignat|gather|multline|flalign|eqnarray)\*?)\}")
-INLINE_CODE = re.compile(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)")
+DIRECTIVE = re.compile(r"\{([^}]+)\}")
 LITERAL = ("code", "code-block", "code-cell", "eval-rst", "literalinclude", "raw", "bibliography")
 
 
@@ -39,6 +45,14 @@ class Check:
     runs: bool
 
 
+@functools.cache
+def _parser() -> MarkdownIt:
+    """The parser that the book is built with."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "_config.yml").read_text(encoding="utf-8"))
+    options = MdParserConfig(enable_extensions=config["parse"]["myst_enable_extensions"])
+    return create_md_parser(options, RendererHTML)
+
+
 def equations(text: str, page: str = "") -> list[Equation]:
     """Find the displayed equations of a MyST page: ``$$``, ``{math}`` and bare amsmath environments.
 
@@ -47,70 +61,37 @@ def equations(text: str, page: str = "") -> list[Equation]:
         page: its name, for messages.
 
     Raises:
-        ValueError: if a ``$$`` or a fence is never closed.
+        ValueError: if a ``$$`` or a fence is never closed, or a ``$$`` stands where it displays nothing.
     """
-    found: list[Equation] = []
-    fences: list[tuple[str, bool, int]] = []  # the marks that opened it, whether its body is literal, its line
-    lines = iter(enumerate(text.splitlines(), start=1))
-    for number, line in lines:
-        fence = FENCE.fullmatch(line)
-        if fence:
-            mark, rest = fence["mark"], fence["rest"].strip()
-            bare = not fence["directive"] and not rest
-            if fences and bare and mark[0] == fences[-1][0][0] and len(mark) >= len(fences[-1][0]):
-                fences.pop()
-                continue
-            if fences and fences[-1][1]:
-                continue
-            if mark[0] == ":" or "`" not in rest:  # else it is inline code
-                name = (fence["directive"] or "").strip()
-                if name == "math":
-                    found.append(Equation(_math_label(lines, mark, page, number), page, number))
-                else:
-                    literal = name in LITERAL or (not name and mark[0] != ":")
-                    fences.append((mark, literal, number))
-                continue
-        if (fences and fences[-1][1]) or line.startswith("%"):
-            continue
-        if environment := AMSMATH.match(line):
-            found.append(Equation(None, page, number))
-            end = f"\\end{{{environment[1]}}}"
-            while end not in line:
-                _, line = _next(lines, end, page, number)
-            continue
-        rest = _without_code(line)
-        while "$$" in rest:
-            start = number
-            rest = rest.split("$$", 1)[1]
-            while "$$" not in rest:
-                number, rest = _next(lines, "$$", page, start)
-            rest = rest.split("$$", 1)[1]
-            label = re.match(r"\s*\(([^)\s]+)\)", rest)
-            found.append(Equation(label[1] if label else None, page, start))
-            rest = _without_code(rest)
-    if fences:
-        raise ValueError(f"{page}:{fences[-1][2]}: this {fences[-1][0]} is never closed")
-    return found
+    return list(_equations(text, page, 1))
 
 
-def _without_code(line: str) -> str:
-    return INLINE_CODE.sub("", line.replace(r"\$", ""))
+def _equations(text: str, page: str, first: int) -> Iterator[Equation]:
+    """Those of a part of a page, whose line number ``first`` it begins with."""
+    lines = text.splitlines()
+    for token in _parser().parse(text):
+        number = first + token.map[0] if token.map else first
+        if _astray(token):
+            raise ValueError(f"{page}:{number}: this $$ is never closed, or does not begin and end its lines")
+        if token.type in ("math_block", "math_block_label", "amsmath"):
+            yield Equation(token.info if token.type == "math_block_label" else None, page, number)
+        elif token.type in ("fence", "colon_fence"):
+            if not lines[token.map[1] - 1].strip(" >").startswith(token.markup) or token.map[1] - token.map[0] < 2:
+                raise ValueError(f"{page}:{number}: this {token.markup} is never closed")
+            name = DIRECTIVE.match(token.info.strip())
+            if name and name[1] == "math":
+                label = re.search(r"^:label: *(\S+)", token.content, re.MULTILINE)
+                yield Equation(label[1] if label else None, page, number)
+            elif name and name[1] not in LITERAL:
+                yield from _equations(token.content, page, number + 1)
 
 
-def _next(lines, wanted: str, page: str, start: int) -> tuple[int, str]:
-    for number, line in lines:
-        return number, line
-    raise ValueError(f"{page}:{start}: {wanted} is missing: what opens here is never closed")
-
-
-def _math_label(lines, mark: str, page: str, start: int) -> str | None:
-    label = None
-    while True:
-        _, line = _next(lines, mark, page, start)
-        if line.strip().startswith(mark) and not line.strip().strip(mark[0]):
-            return label
-        if option := re.fullmatch(r"\s*:label:\s*(\S+)\s*", line):
-            label = option[1]
+def _astray(token: Token) -> bool:
+    """Whether a ``$$`` is a part of an equation, or of a text: not of code, and not escaped."""
+    if token.type == "inline":
+        text = any("$" in part.content for part in token.children if part.type == "text")
+        return text and "$$" in token.content.replace(r"\$", "")
+    return token.type.startswith("math_block") and "$$" in token.content
 
 
 def checks(source: str, module: str = "") -> list[Check]:

@@ -247,6 +247,8 @@ def detection(scores: Tensor, anomaly: Tensor) -> Detection:
     Raises:
         ValueError: for other shapes, scores that are not finite, or one kind of sample only.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     if scores.ndim != 1 or anomaly.shape != scores.shape or anomaly.dtype != torch.bool:
         raise ValueError(
             f"scores and anomaly must be (n,), the second boolean, got {tuple(scores.shape)} and "
@@ -257,17 +259,11 @@ def detection(scores: Tensor, anomaly: Tensor) -> Detection:
     n, k = len(scores), int(anomaly.sum())
     if not 0 < k < n:
         raise ValueError(f"anomaly must have both kinds, got {k} anomalies of {n}")
-    # Scores that are equal share a threshold: what is counted is counted to the end of their group.
-    values, group = scores.detach().cpu().double().neg().unique(return_inverse=True)  # highest score first
-    hits = torch.bincount(group, anomaly.cpu().double(), minlength=len(values))
-    total = torch.bincount(group, minlength=len(values)).double()
-    found, seen = hits.cumsum(0), total.cumsum(0)
-    misses = total - hits
-    later = misses.sum() - misses.cumsum(0)  # samples of the other kind with a lower score
+    truth, found = anomaly.cpu().numpy(), scores.detach().cpu().double().numpy()
     ranks = torch.arange(1, k + 1, dtype=torch.float64)
     return Detection(
-        auroc=float((hits * (later + misses / 2)).sum() / (k * (n - k))),
-        auprc=float((hits * found / seen).sum() / k),
+        auroc=float(roc_auc_score(truth, found)),
+        auprc=float(average_precision_score(truth, found)),
         prevalence=k / n,
         least=float((ranks / (n - k + ranks)).mean()),
     )

@@ -269,26 +269,26 @@ def nmf_step(x: Tensor, z: Tensor, W: Tensor) -> Tensor:
 def factor_log_likelihood(x: Tensor, mu: Tensor, W: Tensor, psi: Tensor) -> Tensor:
     r"""Log-density of factor analysis, :math:`x \sim N(\mu, W W^\top + \mathrm{diag}\,\psi)`, shape (n,).
 
-    With equal psi it is probabilistic PCA.
+    With equal psi it is probabilistic PCA. Reckoned in float64, and never by a matrix of D times D.
 
     Args:
         x: data, (n, D).
         mu: mean, (D,).
-        W: loadings, (D, q).
+        W: loadings, (D, q), q at least 1.
         psi: variances of the noise, (D,), positive.
 
     Raises:
         ValueError: if a variance is not positive, shapes do not fit, or numbers are not finite or not floating point.
     """
-    if W.ndim != 2 or x.ndim != 2 or not x.shape[1] == len(mu) == len(W) == len(psi):
+    if W.ndim != 2 or not W.shape[1] or x.ndim != 2 or not x.shape[1] == len(mu) == len(W) == len(psi):
         shapes = [tuple(v.shape) for v in (x, mu, W, psi)]
-        raise ValueError(f"x, mu, W, psi must be (n, D), (D,), (D, q), (D,), got {shapes}")
+        raise ValueError(f"x, mu, W, psi must be (n, D), (D,), (D, q), (D,), q at least 1, got {shapes}")
     for name, value in (("x", x), ("mu", mu), ("W", W), ("psi", psi)):
         _check_data(value, name)
     if not (psi > 0).all():
         raise ValueError("psi must be positive: without noise the model has no density")
-    cov = W @ W.T + psi.diag()
-    return torch.distributions.MultivariateNormal(mu, cov).log_prob(x)
+    law = torch.distributions.LowRankMultivariateNormal(mu.double(), W.double(), psi.double())
+    return law.log_prob(x.double()).to(x.dtype)
 
 
 def ppca(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -199,24 +199,20 @@ class CommittedRate(nn.Module):
     A constant q pays as well, so that the rate promises no information.
 
     Args:
-        delta: nats a dimension, positive.
+        delta: nats a dimension, between 1e-8 and 350.
 
     Raises:
-        ValueError: if ``delta`` is not positive.
+        ValueError: for another ``delta``.
     """
 
     def __init__(self, delta: float) -> None:
         super().__init__()
-        if not 0 < delta < math.inf:
-            raise ValueError(f"delta must be a positive number of nats, got {delta}")
-        self.delta = delta
-        self.low, self.high = (self._log_root(start) for start in (-1 - 2 * delta, 1 + 2 * delta))
+        from scipy.special import lambertw
 
-    def _log_root(self, value: float) -> float:
-        """Newton's method for r with exp(r) - r = 1 + 2 delta, from a start beyond the root; the function is convex."""
-        for _ in range(100):
-            value -= (math.exp(value) - value - 1 - 2 * self.delta) / (math.exp(value) - 1)
-        return value
+        if not 1e-8 <= delta <= 350:  # nearer to 0 its branch -1 gives the other root, and beyond the exponential is 0
+            raise ValueError(f"delta must be a positive number of nats, between 1e-8 and 350, got {delta}")
+        self.delta = delta
+        self.low, self.high = (math.log(-lambertw(-math.exp(-1 - 2 * delta), branch).real) for branch in (0, -1))
 
     def forward(self, mu: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, raw), each (batch, dim) -> (mu, logvar)."""

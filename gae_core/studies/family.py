@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
 from gae_core import data, metrics, nets, plots, train
 from gae_core.densities import GaussianMixture, fit_gaussian_mixture
@@ -137,38 +138,35 @@ class Member:
 
 # ---- densities ---------------------------------------------------------------------------------------------------
 
+Components = list[MultivariateNormal | LowRankMultivariateNormal]  # of a mixture, each in D dimensions and float64
 
-def _parts(x: Tensor, weights: Tensor, means: Tensor, factors: Tensor) -> Tensor:
+
+def _parts(x: Tensor, weights: Tensor, components: Components) -> Tensor:
     """Logarithms of each component's weight times its density, (n, K); one at a time, for the sake of memory."""
-    parts = []
-    for weight, mean, factor in zip(weights, means, factors, strict=True):
-        white = torch.linalg.solve_triangular(factor, (x - mean).mT, upper=False).mT
-        parts.append(weight.log() + standard_normal_log_prob(white) - factor.diagonal().log().sum())
-    return torch.stack(parts, 1)
+    return torch.stack([w.log() + c.log_prob(x) for w, c in zip(weights.double(), components, strict=True)], 1)
 
 
-def gaussian_mixture_density(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
-    """Log-densities, (n,), of x (n, D) under a mixture of Gaussians: (K,), (K, D), (K, D, D), in float64."""
-    x, weights, means, covariances = (v.double() for v in (x, weights, means, covariances))
-    return _parts(x, weights, means, torch.linalg.cholesky(covariances)).logsumexp(1)
+def gaussian_mixture_density(x: Tensor, weights: Tensor, components: Components) -> Tensor:
+    """Log-densities, (n,), of x (n, D) under a mixture of K Gaussians in float64, weights (K,)."""
+    return _parts(x.double(), weights, components).logsumexp(1)
 
 
-def gaussian_mixture_fill(x: Tensor, seen: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
+def gaussian_mixture_fill(x: Tensor, seen: Tensor, weights: Tensor, components: Components) -> Tensor:
     """Means of all entries, (n, D), given those of x (n, D) that ``seen`` (D,) marks, under a mixture of Gaussians."""
-    x, weights, means, covariances = (v.double() for v in (x[:, seen], weights, means, covariances))
-    factors = torch.linalg.cholesky(covariances[:, seen][:, :, seen])
-    share = _parts(x, weights, means[:, seen], factors).softmax(1)
+    x = x[:, seen].double()
+    parts = [MultivariateNormal(c.mean[seen], c.covariance_matrix[seen][:, seen]) for c in components]
+    share = _parts(x, weights, parts).softmax(1)
     given = [
-        mean + torch.cholesky_solve((x - mean[seen]).mT, factor).mT @ covariance[seen]
-        for mean, covariance, factor in zip(means, covariances, factors, strict=True)
+        c.mean + torch.cholesky_solve((x - part.mean).mT, part.scale_tril).mT @ c.covariance_matrix[seen]
+        for c, part in zip(components, parts, strict=True)
     ]
     return torch.einsum("nk,knd->nd", share, torch.stack(given))
 
 
 def linear_mixture(
     mu: Tensor, W: Tensor, noise: float | Tensor, codes: GaussianMixture | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mixture of Gaussians that mu + W z + N(0, diag noise) is: weights (K,), means (K, D), covariances (K, D, D).
+) -> tuple[Tensor, Components]:
+    """The mixture of Gaussians that mu + W z + N(0, diag noise) is: weights (K,) and components.
 
     Args:
         mu: (D,).
@@ -179,9 +177,14 @@ def linear_mixture(
     if codes is None:
         one = W.new_ones(1)
         codes = GaussianMixture(one, W.new_zeros(1, W.shape[1]), torch.eye(W.shape[1], dtype=W.dtype)[None])
-    spread = W @ codes.factors
     noise = torch.as_tensor(noise, dtype=W.dtype).expand(len(mu))
-    return codes.weights, mu + codes.means @ W.T, spread @ spread.mT + noise.diag()
+    return codes.weights, _low_rank(mu + codes.means @ W.T, W @ codes.factors, noise)
+
+
+def _low_rank(means: Tensor, factors: Tensor, noise: Tensor) -> Components:
+    """Gaussians of means (K, D) and covariances F F' + diag noise, for factors F (K, D, q) and variances (D,)."""
+    each = zip(means.double(), factors.double(), strict=True)
+    return [LowRankMultivariateNormal(mean, factor, noise.double()) for mean, factor in each]
 
 
 def linear_density(x: Tensor, mu: Tensor, W: Tensor, noise: float | Tensor, codes: GaussianMixture | None = None):
@@ -320,16 +323,16 @@ def decoder_fill(
     return decode(torch.cat(found)[best], *(v[best] for v in rows))
 
 
-def _exact(weights: Tensor, means: Tensor, covariances: Tensor, plain: Tensor | None = None) -> dict:
+def _exact(weights: Tensor, components: Components, plain: Components | None = None) -> dict:
     """What a member can do that is a mixture of Gaussians among the noisy images; ``plain``, with one noise for all."""
 
-    def density(covariances: Tensor) -> Callable:
-        return lambda noisy, *_: Density(gaussian_mixture_density(noisy, weights, means, covariances))
+    def density(components: Components) -> Callable:
+        return lambda noisy, *_: Density(gaussian_mixture_density(noisy, weights, components))
 
     return {
-        "log_density": density(covariances),
+        "log_density": density(components),
         "plain_density": None if plain is None else density(plain),
-        "fill": lambda noisy, seen, *_: gaussian_mixture_fill(noisy, seen, weights, means, covariances),
+        "fill": lambda noisy, seen, *_: gaussian_mixture_fill(noisy, seen, weights, components),
     }
 
 
@@ -405,14 +408,13 @@ def pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     mu, W = x.mean(0), fit_local_linear(x.double(), 1, DIM).model.W[0].float()
     z = (x - mu) @ W
     variance, prior = _left(x, mu + z @ W.T).double(), fit_gaussian_mixture(z.double(), 10, seed=seed)
-    weights, means, covariances = linear_mixture(mu.double(), W.double(), variance, prior)
-    plain = linear_mixture(mu.double(), W.double(), variance.mean(), prior)[2]
+    exact, plain = (linear_mixture(mu.double(), W.double(), v, prior) for v in (variance, variance.mean()))
     return Member(
         W.numel() + mu.numel(),
         codes=lambda x, y: (x - mu) @ W,
         reconstruct=lambda x, y: mu + (x - mu) @ W @ W.T,
         decode=lambda z: mu + z @ W.T,
-        **_exact(weights, means, covariances, plain),
+        **_exact(*exact, plain[1]),
     )
 
 
@@ -457,12 +459,13 @@ def k_means(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     model = max(fits, key=lambda fit: float(fit.objective[-1])).model
     share = model.encode(x).component.bincount(minlength=DIM) / len(x)
     variance = _left(x, model(x)).double()
-    covariances, plain = (v.diag().expand(DIM, -1, -1) for v in (variance, variance.mean().expand_as(variance)))
+    nothing = variance.new_zeros(*model.mu.shape, 1)
+    exact, plain = (_low_rank(model.mu, nothing, v) for v in (variance, variance.mean().expand_as(variance)))
     return Member(
         model.mu.numel() + DIM,
         reconstruct=lambda x, y: model(x),
         fitted=lambda n, g: model.mu[torch.multinomial(share, n, replacement=True, generator=g)],
-        **_exact(share, model.mu, covariances, plain),
+        **_exact(share, exact, plain),
     )
 
 
@@ -481,11 +484,10 @@ def mixture(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     fitted = (found.weights_, found.means_, found.covariances_)
     weights, means, covariances = (torch.from_numpy(v).double() for v in fitted)
     eye = NOISE**2 * torch.eye(x.shape[1], dtype=torch.float64)
-
-    chol = torch.linalg.cholesky(covariances)
+    components = list(map(MultivariateNormal, means, covariances))
 
     def log_posterior(x: Tensor) -> Tensor:
-        return _parts(x.double(), weights, means, chol).log_softmax(1)
+        return _parts(x.double(), weights, components).log_softmax(1)
 
     def sample(n: int, generator: Generator) -> Tensor:
         values, vectors = torch.linalg.eigh(covariances - eye)  # without the noise that was added
@@ -497,7 +499,7 @@ def mixture(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
         codes=lambda x, y: log_posterior(x).float(),
         reconstruct=lambda x, y: (log_posterior(x).exp() @ means).float(),
         sample=sample,
-        **_exact(weights, means, covariances),
+        **_exact(weights, components),
     )
 
 
@@ -534,7 +536,7 @@ def local_pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
     variance = _left(x, model(x))
     spread = torch.stack([((x[component == k] - model.mu[k]) @ model.W[k]).std(0) for k in range(DIM)])  # (K, q)
     factors = model.W * spread[:, None]
-    covariances, plain = (factors @ factors.mT + v.diag() for v in (variance, variance.mean().expand_as(variance)))
+    exact, plain = (_low_rank(model.mu, factors, v) for v in (variance, variance.mean().expand_as(variance)))
 
     def sample(n: int, generator: Generator) -> Tensor:
         k = torch.multinomial(share, n, replacement=True, generator=generator)
@@ -545,7 +547,7 @@ def local_pca(x: Tensor, y: Tensor, size: Size, seed: int) -> Member:
         model.mu.numel() + model.W.numel(),
         reconstruct=lambda x, y: model(x.double()).float(),
         fitted=sample,
-        **_exact(share, model.mu, covariances, plain),
+        **_exact(share, exact, plain),
     )
 
 
@@ -778,12 +780,6 @@ def odd_images(x: Tensor, y: Tensor, generator: Generator) -> dict[str, Tensor]:
     }
 
 
-def auroc(odd: Tensor, usual: Tensor) -> float:
-    """Probability that an odd one, of scores (n,), has a larger score than a usual one, of (m,); 1/2 for equal ones."""
-    odd = odd[:, None]
-    return float((odd > usual).double().mean() + 0.5 * (odd == usual).double().mean())
-
-
 def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Figures of a member on the test images, by name, and images to look at; seconds are the processor's."""
     shape, x, y = images.shape, images.x_test.flatten(1), images.y_test
@@ -833,7 +829,9 @@ def measure(member: Member, images: data.Images, size: Size, seed: int) -> tuple
         for name, score in scores.items():
             usual = score(clean)
             for kind, odd in odd_images(images.x_test[: size.probe], labels, Generator().manual_seed(0)).items():
-                found[f"AUROC of the {name}, {kind}"] = auroc(score(odd.flatten(1)), usual)
+                both = torch.cat([usual, score(odd.flatten(1))])
+                rated = metrics.detection(both, torch.arange(len(both)) >= len(usual))
+                found[f"AUROC of the {name}, {kind}"] = rated.auroc
     if member.fill is not None:
         seen = torch.zeros(shape, dtype=torch.bool)
         seen[..., : shape[2] // 2] = True
