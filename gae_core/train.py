@@ -191,7 +191,7 @@ def fit(
         if not resume:
             raise FileExistsError(f"{checkpoint} exists: pass resume=True to go on from it, or remove it")
         state.load(checkpoint, epochs, steps)
-    done, clock = state.steps, _Clock(device)
+    done, clock = state.steps, Clock(device)
     if size > 1:
         parallel.broadcast_(model.state_dict().values())
 
@@ -353,7 +353,7 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=use)
 
 
-class _Clock:
+class Clock:
     """Seconds by the clock on the wall and of the processor, without those in which it was stopped."""
 
     def __init__(self, device: torch.device) -> None:

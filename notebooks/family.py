@@ -61,7 +61,7 @@ from sklearn.manifold import TSNE, LocallyLinearEmbedding
 
 from gae_core import metrics, plots
 from gae_core.data import size_from_environment
-from gae_core.studies import family
+from gae_core.studies import family, family_map
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = size_from_environment("full" if device == "cuda" else "short")
@@ -178,12 +178,12 @@ print("t-SNE's gradient is the formula's:", torch.allclose(y.grad, formula))
 # ## Step 3: the map
 #
 # Where would you put PCA, the VAE, t-SNE and a GAN, by how they find a code and by what they assume of it?
-# The picture is drawn from the table in `gae_core.studies.family`.
+# The picture is drawn from the table in `gae_core.studies.family_map`.
 
 # %% mystnb={"figure": {"name": "fig-family-map", "caption": "How a code is found, against what is assumed of its distribution; the colour says what is maximised."}, "image": {"alt": "A grid with five rows, how a code is found, and four columns, what is assumed of its distribution, with the names of the models in coloured boxes."}}
 colours = dict(
     zip(
-        family.GOALS,
+        family_map.GOALS,
         ("#9ecae1", "#a1d99b", "#fdd0a2", "#dadaeb", "#fcaeae"),
         strict=True,
     )
@@ -193,11 +193,11 @@ line, gap = (
     0.09,
 )  # height of a line of text and of the space between two boxes, in rows
 figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-for row, found in enumerate(family.FOUND):
-    for column, known in enumerate(family.KNOWN):
+for row, found in enumerate(family_map.FOUND):
+    for column, known in enumerate(family_map.KNOWN):
         here = [
             place
-            for place in family.MAP
+            for place in family_map.MAP
             if (place.found, place.known) == (found, known)
         ]
         names = [
@@ -230,9 +230,9 @@ for goal, colour in colours.items():
 ax.set(xlim=(-0.5, 3.5), ylim=(4.5, -0.5))
 ax.set_xlabel("assumed of the codes", fontsize=12)
 ax.set_ylabel("a code is found by", fontsize=12)
-ax.set_xticks(range(4), family.KNOWN, fontsize=12)
+ax.set_xticks(range(4), family_map.KNOWN, fontsize=12)
 ax.set_yticks(
-    range(5), [found.replace(" ", "\n") for found in family.FOUND], fontsize=12
+    range(5), [found.replace(" ", "\n") for found in family_map.FOUND], fontsize=12
 )
 ax.set_xticks([0.5, 1.5, 2.5], minor=True)
 ax.set_yticks([0.5, 1.5, 2.5, 3.5], minor=True)
@@ -247,11 +247,13 @@ legend = figure.legend(
 )
 
 # %% tags=["nbval-check-output"]
-direct = [place.model for place in family.MAP if place.known == "in the model"]
+direct = [place.model for place in family_map.MAP if place.known == "in the model"]
 print("can be sampled at once:", "; ".join(direct))
 print(
     "no decoder:",
-    "; ".join(place.model for place in family.MAP if place.known == "no decoder"),
+    "; ".join(
+        place.model for place in family_map.MAP if place.known == "no decoder"
+    ),
 )
 
 # %% [markdown]
@@ -264,10 +266,6 @@ print(
 # reconstruct best, which will sample best?
 
 # %%
-images = family.images_of("digits", "medium")
-size = family.size_of("digits", "medium")
-if SIZE == "short":
-    size = dataclasses.replace(size, epochs=40, density=100, draws=50, probe=100)
 names = [
     "pca",
     "ppca",
@@ -290,13 +288,28 @@ columns = {
     "missing": "squared error of a missing pixel",
     "neighbours": "trustworthiness",
 }
-table, shown = {}, {}
+
+
+def recipe_of(name):
+    """That of a recorded run, or one with less of everything."""
+    recipe = family.recipe(name, "digits", "medium")
+    if SIZE != "short":
+        return recipe
+    epochs = recipe.epochs * 2 // 7
+    return dataclasses.replace(
+        recipe, epochs=epochs, density=100, draws=50, probe=100
+    )
+
+
+table, pictures = {}, {}
 start = time.perf_counter()
 for name in ["training_images", *names]:
-    member = family.fit(name, images.x_train.flatten(1), images.y_train, size, 0)
-    found, shown[name] = family.measure(member, images, size, 0)
+    recipe = recipe_of(name)
+    images = family.images_of("digits", recipe.rows, recipe.test)
+    member, _ = family.fit(recipe, images.x_train.flatten(1), images.y_train, 0)
+    values, pictures[name] = family.measure(member, images, recipe, 0)
     table[name] = {
-        short: found[key] for short, key in columns.items() if key in found
+        short: values[key] for short, key in columns.items() if key in values
     }
 print(f"{time.perf_counter() - start:.0f} s")
 print(f"{'':<16}" + "".join(f"{short:>11}" for short in columns))
@@ -379,19 +392,19 @@ figure, axes = plt.subplots(
 rows = [
     (
         "test images",
-        shown["pca"]["test images"],
+        pictures["pca"]["test images"],
         "training images",
-        shown["training_images"]["samples"],
+        pictures["training_images"]["samples"],
     )
 ]
 for name, title in chosen.items():
-    kind = "samples" if "samples" in shown[name] else "samples, fitted"
+    kind = "samples" if "samples" in pictures[name] else "samples, fitted"
     rows.append(
         (
             title,
-            shown[name]["reconstructions"],
+            pictures[name]["reconstructions"],
             f"{title}: {kind}",
-            shown[name][kind],
+            pictures[name][kind],
         )
     )
 for (left, right), (title, back, other, drawn) in zip(axes, rows, strict=True):

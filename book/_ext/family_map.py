@@ -8,7 +8,7 @@
 
 from results_table import Parsing
 
-from gae_core.studies import family
+from gae_core.studies.family_map import map_table
 
 
 class FamilyMap(Parsing):
@@ -17,7 +17,7 @@ class FamilyMap(Parsing):
     def run(self):
         """Return the table."""
         self.env.note_dependency(family.__file__)
-        return self.parse(family.map_table())
+        return self.parse(map_table())
 
 
 def setup(app):

@@ -1,4 +1,4 @@
-"""What is measured: of samples, of codes, of chains, of likelihoods, and what a model makes of many rows at a time."""
+"""What is measured: of samples, codes, chains, likelihoods and densities, and of many rows a batch at a time."""
 
 from gae_core.metrics.batches import in_batches, squared_error
 from gae_core.metrics.chains import Mixing, mixing
@@ -9,6 +9,19 @@ from gae_core.metrics.codes import (
     encoder_information,
     gaussianity,
     trustworthiness,
+)
+from gae_core.metrics.density import (
+    Components,
+    Density,
+    decoder_codes,
+    decoder_density,
+    decoder_fill,
+    gaussian_mixture_density,
+    gaussian_mixture_fill,
+    gaussian_mixture_parts,
+    linear_density,
+    linear_mixture,
+    low_rank_gaussians,
 )
 from gae_core.metrics.likelihood import PROPOSALS, WIDTHS, ImportanceWeighted, importance_weighted_nll
 from gae_core.metrics.samples import (
@@ -27,6 +40,8 @@ from gae_core.metrics.samples import (
 __all__ = [
     "PROPOSALS",
     "WIDTHS",
+    "Components",
+    "Density",
     "Detection",
     "EncoderInformation",
     "Gaussianity",
@@ -36,12 +51,21 @@ __all__ = [
     "ModeQuality",
     "PrecisionRecall",
     "active_units",
+    "decoder_codes",
+    "decoder_density",
+    "decoder_fill",
     "detection",
     "encoder_information",
     "frechet_distance",
+    "gaussian_mixture_density",
+    "gaussian_mixture_fill",
+    "gaussian_mixture_parts",
     "gaussianity",
     "importance_weighted_nll",
     "in_batches",
+    "linear_density",
+    "linear_mixture",
+    "low_rank_gaussians",
     "mixing",
     "mode_count",
     "mode_quality",
