@@ -80,7 +80,7 @@ def _digits() -> Images:
 
 
 _TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-NAMES = (*_TORCHVISION, "digits")  # of images
+NAMES = ("digits", *_TORCHVISION)  # of images
 ROWS = {"mnist": 60_000, "fashion_mnist": 60_000, "digits": 1_347}  # for training
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from gae_core import data, metrics, records
 from gae_core.densities import GaussianMixture, fit_gaussian_mixture
 from gae_core.gaussian import standard_normal_log_prob
+from gae_core.models.likelihoods import NAMES
 from gae_core.models.local_linear import factor_log_likelihood, nmf_step
 from gae_core.seeds import seed_of, stream
 from gae_core.studies import family, family_map, family_members, family_networks
@@ -748,10 +749,12 @@ def test_models_are_made_with_what_the_recipe_says(name):
             assert float(noise.std()) == pytest.approx(value, rel=0.05)
         elif key == "samples":
             assert getattr(model, "samples", None) == value
+        elif key == "likelihood":
+            assert type(model.likelihood) is NAMES[value]
         elif key == "sigma_start":
-            assert isinstance(model.likelihood.log_sigma, nn.Parameter) == (value is not None)
+            assert isinstance(getattr(model.likelihood, "log_sigma", None), nn.Parameter) == (value is not None)
             assert value is None or model.likelihood.log_sigma.exp().item() == pytest.approx(value)
-        elif key == "sigma" and isinstance(recipe, family_networks.Variational):
+        elif key == "sigma" and isinstance(recipe, family_networks.Variational | family_networks.Denoising):
             assert value is None or model.likelihood.log_sigma.exp().item() == pytest.approx(value)
         else:
             assert getattr(model, key) == value, key

@@ -447,7 +447,7 @@ def test_tests_whose_tools_need_what_is_not_here_are_left_out(monkeypatch, capsy
     find = gpu.importlib.util.find_spec
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "myst_parser" else find(name))
     found = {Path(path).name for path in gpu.tests_that_can_run()}
-    assert "test_experiments.py" in found and "test_ledger.py" not in found
+    assert "test_studies.py" in found and "test_ledger.py" not in found
     assert "test_ledger.py is left out: myst_parser not installed here" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@
 
 from results_table import Parsing
 
-from gae_core.studies.family_map import map_table
+from gae_core.studies import family_map
 
 
 class FamilyMap(Parsing):
@@ -16,8 +16,8 @@ class FamilyMap(Parsing):
 
     def run(self):
         """Return the table."""
-        self.env.note_dependency(family.__file__)
-        return self.parse(map_table())
+        self.env.note_dependency(family_map.__file__)
+        return self.parse(family_map.map_table())
 
 
 def setup(app):

@@ -154,7 +154,7 @@ def build(recipe: Network, pixels: int, seed: int) -> nn.Module:
 def _learned_from(start: float | None, model: VAE) -> VAE:
     """A model whose noise is learned, which begins at ``start``, or the model as it is where that is None."""
     if start is not None:
-        if not isinstance(model.likelihood.log_sigma, nn.Parameter):
+        if not isinstance(getattr(model.likelihood, "log_sigma", None), nn.Parameter):
             raise ValueError(f"sigma_start must be None where sigma is not learned, got {start}")
         with torch.no_grad():
             model.likelihood.log_sigma.fill_(math.log(start))

@@ -163,5 +163,6 @@ def run(recipe: Recipe, data_name: str, seed: int, device: torch.device) -> Outc
 
 
 STUDIES = {
-    name: Study(about, TOPIC, data.NAMES, functools.partial(recipe, name), run, build) for name, about in ABOUT.items()
+    name: Study(about, TOPIC, ("mnist", "fashion_mnist", "digits"), functools.partial(recipe, name), run, build)
+    for name, about in ABOUT.items()
 }
