@@ -1,4 +1,4 @@
-"""Energies as densities, the penalties of their slope, and what a penalty leaves of the best energy.
+"""Energies as densities and of codes, the penalties of their slope, and what a penalty leaves of the best energy.
 
 The file needs torch alone, and SciPy for :func:`penalised_optimum`: copy it as it is.
 """
@@ -285,3 +285,60 @@ def penalised_optimum(lam: float, std: float, *, reach: float = 20.0, cells: int
         radius=r * std,
         density=q / (area * std**2),
     )
+
+
+def latent_energy(
+    energy: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], *, term: str
+) -> Callable[[Tensor], Tensor]:
+    r"""The energy of codes z for an energy U of data x = G(z).
+
+    - ``"jacobian"``: :math:`U(G(z)) - \tfrac12\log\det J^\top J`. Then G(z) has the density e^{-U}
+      (``eq-latent_mcmc-pullback``), or where x has more coordinates than z, that density along the surface, by area.
+      Where J has not full rank it is +inf: there x has no density.
+    - ``"prior"``: :math:`U(G(z)) + \tfrac12\|z\|^2`. Then G(z) has the density p_G e^{-U}, where p_G is that of the
+      generator (``eq-latent_mcmc-residual``): right if U is a residual energy, minus the log-ratio of data to p_G.
+    - ``"none"``: U(G(z)). G(z) has neither density, and for a bounded generator the codes have none at all.
+
+    Args:
+        energy: U, maps (chains, ...) to (chains,).
+        decode: G, maps (chains, dim) to (chains, ...), row by row, in evaluation mode. For ``"jacobian"`` with two
+            derivatives, and at least dim numbers a row; it costs dim forward passes a step.
+        term: one of the three.
+
+    Raises:
+        ValueError: for another term, or, when called with the Jacobian, for a generator that gives fewer numbers than
+            it takes, or does not depend on z.
+    """
+    if term not in ("jacobian", "prior", "none"):
+        raise ValueError(f"term must be 'jacobian', 'prior' or 'none', got {term!r}")
+
+    def of_codes(z: Tensor) -> Tensor:
+        u = energy(decode(z))
+        if term == "prior":
+            return u + 0.5 * z.square().sum(1)
+        if term == "jacobian":
+            with torch.enable_grad():
+                columns = [
+                    torch.autograd.functional.jvp(decode, z, direction.expand_as(z), create_graph=True)[1].flatten(1)
+                    for direction in torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+                ]
+            jacobian = torch.stack(columns, 2)  # (chains, numbers of a row, dim)
+            rows, columns = jacobian.shape[1:]
+            if rows < columns:
+                raise ValueError(
+                    f"decode must give at least {columns} numbers a row for {columns} coordinates, got {rows}"
+                )
+            if not jacobian.any():  # flat here, which may happen, or cut off from z, which is a mistake
+                with torch.enable_grad():
+                    leaf = z.detach().requires_grad_()
+                    x = decode(leaf)
+                    if not x.requires_grad or torch.autograd.grad(x.sum(), leaf, allow_unused=True)[0] is None:
+                        raise ValueError(
+                            "decode must depend on z by operations with a gradient, got none: detach, or no_grad()?"
+                        )
+            square = rows == columns
+            log_det = torch.linalg.slogdet(jacobian if square else jacobian.mT @ jacobian).logabsdet
+            return u - (log_det if square else 0.5 * log_det)
+        return u
+
+    return of_codes

@@ -54,8 +54,9 @@ import matplotlib.pyplot as plt
 import torch
 from scipy import stats
 
-from gae_core.chains import langevin, latent_energy, mala, rank_rhat, split_rhat
+from gae_core.chains import langevin, mala, rank_rhat, split_rhat
 from gae_core.data import size_from_environment
+from gae_core.energy import latent_energy
 
 SIZE = size_from_environment("full" if torch.cuda.is_available() else "short")
 CHAINS = 200 if SIZE == "short" else 3000

@@ -11,9 +11,9 @@ from helpers import assert_z
 from scipy.stats import multivariate_normal, norm, rankdata
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from gae_core.chains import effective_sample_size, langevin, latent_energy, mala, rank_rhat, split_rhat
+from gae_core.chains import effective_sample_size, langevin, mala, rank_rhat, split_rhat
 from gae_core.densities import GaussianMixture, fit_gaussian_mixture
-from gae_core.energy import log_normalizer_2d
+from gae_core.energy import latent_energy, log_normalizer_2d
 
 
 def generator(seed=0):

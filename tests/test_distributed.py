@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from gae_core import experiments, parallel
+from gae_core import parallel
 from gae_core.__main__ import main
 from gae_core.models.eae import EAE
 from gae_core.models.gae import GAE
 from gae_core.models.meg import MEG, WGANGP
 from gae_core.nets import mlp
 from gae_core.normalization import CodeBatchNorm, CoupledBatchNorm, FixedScaleBatchNorm
+from gae_core.studies import image_models
 from gae_core.train import fit
 
 DIM, OPTIONS = 3, dict(batch_size=128, lr=0.01, device="cpu", seed=4)
@@ -158,7 +159,7 @@ def work(folder):
 
 def command_line(folder):
     """What each process says, and returns, when torchrun starts the program on three thousand digits."""
-    experiments.SIZES["short"] = experiments.Size(experiments.SIZES["short"].pair, 3)
+    image_models.SIZES["short"] = ((256, 128), 3)
     train = ["train", "autoencoder", "--data", "digits", "--size", "short", "--device", "cpu"]
     results = {"status": [], "out": [], "err": []}
     for arguments in ([*train, "--checkpoint", str(folder / "autoencoder.pt")], ["list"]):
@@ -229,7 +230,7 @@ def test_a_batch_that_cannot_be_shared_is_named(results):
 
 
 def test_the_program_trains_on_all_and_speaks_once(results, tmp_path, monkeypatch):
-    monkeypatch.setitem(experiments.SIZES, "short", experiments.SIZES["short"])  # as before, afterwards
+    monkeypatch.setitem(image_models.SIZES, "short", image_models.SIZES["short"])  # as before, afterwards
     alone, first, second = command_line(tmp_path), *(found["command line"] for found in results[1:])
     assert alone["status"] == [0, 0] and first["status"] == second["status"] == [0, 1]
     assert first["out"][0].count("mean of the last steps") == 1 and second["out"] == ["", ""]

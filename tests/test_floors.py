@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MATHEMATICS = ("gaussian", "entropy", "normalization", "densities", "chains", "information", "energy")
 FLOORS = [
-    {*MATHEMATICS, "nets", "data", "parallel", "text", "seeds"},
+    {*MATHEMATICS, "nets", "data", "parallel", "text", "seeds", "training"},
     {"models", "languages"},
     {"train", "metrics", "plots", "records"},
     {"studies"},

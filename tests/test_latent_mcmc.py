@@ -13,7 +13,8 @@ import torch
 from helpers import assert_z
 from scipy import stats
 
-from gae_core.chains import effective_sample_size, langevin, latent_energy, mala, split_rhat
+from gae_core.chains import effective_sample_size, langevin, mala, split_rhat
+from gae_core.energy import latent_energy
 from gae_core.studies import meg_chains
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -122,7 +122,7 @@ def test_copies_in_the_data_are_named_as_such_and_clamping_goes_on():
     options = {**OPTIONS, "batch_size": 64}
     with pytest.raises(ValueError, match=r"x has 24 copies .* among 64.*torch\.unique.*duplicates=\"clamp\" to EAE"):
         fit(make(EAE), x, epochs=1, **options)
-    history = fit(make(EAE, duplicates="clamp"), x, epochs=2, **options)
+    history = fit(make(EAE, duplicates="clamp"), x, epochs=2, **options).history
     assert history["total"].isfinite().all()
     fit(make(EAE), x.unique(dim=0), epochs=1, **{**options, "batch_size": 40})
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gae_core import metrics
-from gae_core.chains import latent_energy, mala
-from gae_core.energy import GridDensity
+from gae_core.chains import mala
+from gae_core.energy import GridDensity, latent_energy
 from gae_core.models.meg import MEG
 from gae_core.seeds import stream
 from gae_core.studies import meg_plane
@@ -25,7 +25,7 @@ class Recipe(meg_plane.Recipe):
 
     Attributes:
         cells: a side of the grid of the energy's density; its draws are what samples are compared with.
-        term: of the codes' energy, as in :func:`gae_core.chains.latent_energy`; None leaves the codes where they are.
+        term: of the codes' energy, as in :func:`gae_core.energy.latent_energy`; None leaves the codes where they are.
         chains: codes, from N(0, I).
         warmup: steps of MALA that set the size of the step.
         chain_steps: steps after them.

@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -257,20 +258,23 @@ def sources(path: Path) -> list[Path]:
     return sorted(found)
 
 
+PARSING = threading.Lock()  # CPython's ast is not for several threads at once
+
+
 def code(study: Study) -> str:
     """Digest of the code that a study runs, whether committed or not: comments, docstrings and layout do not count."""
     run = study.run
     while isinstance(run, functools.partial):
         run = run.func
     digest = hashlib.sha256()
-    for path in sources(Path(inspect.getsourcefile(run)).resolve()):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(getattr(body[0].value, "value", None), str):
-                    body.pop(0)
-        digest.update(f"{path.name} {ast.dump(tree)}".encode())
+    with PARSING:
+        for path in sources(Path(inspect.getsourcefile(run)).resolve()):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                first = node.body[:1] if isinstance(getattr(node, "body", None), list) else []
+                if first and isinstance(first[0], ast.Expr) and isinstance(first[0].value, ast.Constant):
+                    node.body.pop(0)
+            digest.update(f"{path.name} {ast.dump(tree)}".encode())
     return digest.hexdigest()[:12]
 
 
