@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from gae_core import data, parallel, plots, records, train
+from gae_core.seeds import stream
 from gae_core.studies import registry
 from gae_core.studies.study import SIZES
 
@@ -153,7 +154,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise ValueError(f"-n must be at least 1, got {options.n}")
     out = options.out or options.checkpoint.with_suffix(".png")
     records.writable(out.parent)
-    samples = model.sample(options.n, generator=torch.Generator().manual_seed(options.seed))
+    samples = model.sample(options.n, generator=stream(options.seed, "samples"))
     columns = max(c for c in range(1, 17) if options.n % c == 0)
     figure = plots.image_panels({f"{about['name']}, {about['data']}": samples}, columns=columns, size=5)
     figure.savefig(out, dpi=150)

@@ -241,8 +241,7 @@ def _value_and_gradient(energy: Energy, z: Tensor, step: int, *, infinite: bool)
 
 
 def _check_limit(z: Tensor, limit: float, step: int) -> None:
-    largest = float(z.abs().amax())
-    if not largest <= limit:
+    if not (largest := float(z.abs().amax())) <= limit:
         raise FloatingPointError(
             f"a chain has run away: a coordinate of {largest:.3g} at step {step}, beyond limit={limit:.3g}. Either the "
             f"energy does not hold it (e^-U needs a finite integral: add a prior term), or step_size is too large"

@@ -11,6 +11,8 @@ from numbers import Integral
 import torch
 from torch import Generator, Tensor
 
+Energy = Callable[[Tensor], Tensor]
+
 
 def _slopes(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Squared length of the gradient of the energies (n,) at each x (n, ...), over all entries of one sample."""
@@ -287,9 +289,7 @@ def penalised_optimum(lam: float, std: float, *, reach: float = 20.0, cells: int
     )
 
 
-def latent_energy(
-    energy: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], *, term: str
-) -> Callable[[Tensor], Tensor]:
+def latent_energy(energy: Energy, decode: Callable[[Tensor], Tensor], *, term: str) -> Energy:
     r"""The energy of codes z for an energy U of data x = G(z).
 
     - ``"jacobian"``: :math:`U(G(z)) - \tfrac12\log\det J^\top J`. Then G(z) has the density e^{-U}
