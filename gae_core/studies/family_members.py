@@ -26,7 +26,7 @@ class Recipe(study.Recipe):
     """What all members are fitted to and measured by; those that need more have a recipe with more.
 
     Attributes:
-        member: one of :data:`gae_core.studies.family.MEMBERS`.
+        member: one of ``gae_core.studies.family.MEMBERS``.
         rows: training images, at most.
         test: test images, at most.
         density: test images whose density is estimated.
