@@ -222,8 +222,8 @@ for prior in ("flat", "normal"):
     weights = mixture.log_weights(gae.encode(unseen)).exp()
     right = (weights.argmax(1) == nearest).double().mean()
     print(
-        f"prior {prior:<6}: nearest for {right:.2f} of the images, with a weight of "
-        f"{weights.amax(1).mean():.2f}"
+        f"prior {prior:<6}: nearest for {right:.2f} of the images, "
+        f"with a weight of {weights.amax(1).mean():.2f}"
     )
 
 

@@ -35,6 +35,14 @@ def test_notebook_is_in_order(topic):
     assert {"device", "python", "torch", "size", "seconds"} <= notebook["metadata"]["gae"].keys()
 
 
+@pytest.mark.parametrize("topic", TOPICS)
+def test_lines_of_code_fit_the_page(topic):
+    """Of 84 characters, but for the set-up cell, which a page shows folded."""
+    notebook = nbformat.read(FOLDER / f"{topic}.ipynb", as_version=4)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"][1:]
+    assert not [line for cell in cells for line in cell["source"].splitlines() if len(line) > 84]
+
+
 HEADER = """\
 # ---
 # jupyter:
