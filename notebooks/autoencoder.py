@@ -220,7 +220,7 @@ grid = (
 )  # rows from top to bottom
 plane = metrics.in_batches(flat.decode, grid)
 
-# %% mystnb={"figure": {"name": "fig-autoencoder-codes", "caption": "Left: two-dimensional codes of held-out images by class; the circle holds 99 % of N(0, I). Right: what the decoder shows over the same square."}, "image": {"alt": "Left, a scatter plot of two-dimensional codes, coloured by class, crowded around the origin inside a circle, with long arms that leave it in a few directions; most of the plane has no codes. Right, decoded images over the same square: clear zeros, twos, ones, sevens and eights all along the edge, where no code is, and dim, blurred shapes in the middle, where the codes crowd."}}
+# %% mystnb={"figure": {"name": "fig-autoencoder-codes", "caption": "Left: two-dimensional codes of held-out images by class; the circle holds 99 % of N(0, I). Right: what the decoder shows over the same square."}, "image": {"alt": "Left, a scatter plot of two-dimensional codes, coloured by class, crowded around the origin inside a circle, with long arms that leave it in a few directions; most of the plane has no codes. Right, decoded images over the same square: bright, sharp shapes along most of the edge, where hardly a code is, many of them clear zeros, threes, fours, nines, sevens and ones, others broken zeros and twos; and dim, blurred shapes in the middle, where the codes crowd."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
 plots.draw_codes(left, z2, images.y_test[:2000], title="codes")
 radius = (
@@ -234,7 +234,7 @@ plots.draw_images(right, plane, columns=15, title="the decoded plane")
 
 # %% [markdown]
 # The other way round, perhaps, than you thought. Far out, where no code is, the decoder goes on with the digit of that
-# direction, and clearly. In the middle many classes share the room, and it blurs them. Where no code is, anything may be
+# direction, and mostly clearly. In the middle many classes share the room, and it blurs them. Where no code is, anything may be
 # shown, digits too: nothing was asked there. In two dimensions little is left uncovered, in eight nearly everything:
 
 # %%

@@ -271,7 +271,7 @@ print(
 # How far it is, the estimate of the information cannot tell near its cap, which is drawn as a line. At least it is what
 # the variances of the aggregate demand, $\frac12\sum_j(V_j - 1 - \log V_j)$, and that can be computed.
 
-# %% mystnb={"figure": {"name": "fig-bn_vae-gamma", "caption": "Batch norm with three scales on held-out images: the divergence and its floor, the estimated information, and what the variances of the aggregate cost at least."}, "image": {"alt": "Curves against gamma at 0.4, 0.7 and 1.2. The divergence lies near its floor, a parabola, or above it. The estimated information grows more slowly and comes near its cap. What the variances of the aggregate cost at least is next to nothing up to 0.7 and about three nats at 1.2."}}
+# %% mystnb={"figure": {"name": "fig-bn_vae-gamma", "caption": "Batch norm with three scales on held-out images: the divergence and its floor, the estimated information, and what the variances of the aggregate cost at least."}, "image": {"alt": "Curves against gamma at 0.4, 0.7 and 1.2. The divergence lies near its floor, a parabola, or above it. The estimated information grows more slowly and comes within two nats of its cap. What the variances of the aggregate cost at least is next to nothing up to 0.7 and about three nats at 1.2."}}
 gammas = [0.4, 0.7, 1.2]
 figure, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
 for key, label in (("KL", "KL"), ("mutual information", "information")):
@@ -509,7 +509,7 @@ figure = plots.image_panels(
     {**panels, "data": x_test[:24]}, columns=8, per_row=2, size=3.4
 )
 
-# %% mystnb={"figure": {"name": "fig-bn_vae-walks", "caption": "Interpolations between the codes of two held-out images and traversals of single coordinates."}, "image": {"alt": "Two grids of six rows of images. Without a norm all images of a row are nearly alike, in interpolations and traversals. With batch norm the strokes change along the rows."}}
+# %% mystnb={"figure": {"name": "fig-bn_vae-walks", "caption": "Interpolations between the codes of two held-out images and traversals of single coordinates."}, "image": {"alt": "Two grids of six rows of images. Without a norm the images of an interpolation are nearly alike, and a traversal adds and removes some strokes. With batch norm the strokes change along the rows."}}
 STEPS_OF_A_WALK = 9
 
 
@@ -536,7 +536,8 @@ figure = plots.image_panels(
 )
 
 # %% [markdown]
-# Three interpolations from top to bottom, then three traversals. Where the code has collapsed, a row repeats itself.
+# Three interpolations from top to bottom, then three traversals. Where the code has collapsed, the codes of all images
+# are nearly one, and an interpolation repeats itself. A traversal walks through the noise around them, and changes strokes.
 #
 # ## What you have seen
 #

@@ -167,7 +167,7 @@ with torch.no_grad():
 figure, ax = plt.subplots(figsize=(8, 4.4), layout="constrained")
 plots.draw_images(ax, torch.cat(rows), columns=11)
 
-# %% mystnb={"figure": {"name": "fig-cvae-walks", "caption": "Above: between the codes of two images, with the label fixed. Middle: along the coordinate that varies most, with the label fixed. Below: between the codes of images of two classes, in the model with the label in the prior."}, "image": {"alt": "Six rows of eleven digits. In the upper four the hand changes and the digit mostly stays; in the lower two one digit turns into another."}}
+# %% mystnb={"figure": {"name": "fig-cvae-walks", "caption": "Above: between the codes of two images, with the label fixed. Middle: along the coordinate that varies most, with the label fixed. Below: between the codes of images of two classes, in the model with the label in the prior."}, "image": {"alt": "Six rows of eleven digits. In the upper two the hand changes; the 3 stays, the 8 ends near a 2. The middle two are a 2 and a 7 between ends that look like other digits. In the lower two one digit turns into another."}}
 t = torch.linspace(0, 1, 11)[:, None]
 prior_mean = models["label in the prior's mean"]
 first = data.to_unit(images.x_test[:500])
@@ -254,7 +254,7 @@ print(f"without a code            {without:7.2f} nats")
 assert estimates["posterior", 50] < estimates["posterior", 1] + 0.1
 assert estimates["prior", 50] > estimates["posterior", 50]
 
-# %% mystnb={"figure": {"name": "fig-cvae-completion", "caption": "The quadrant seen, the prediction without a code, four completions with one, and the whole image."}, "image": {"alt": "Six rows of seven images: a quadrant of a digit on grey, a blurred prediction, four completions that are clear and differ from each other, and the whole digit."}}
+# %% mystnb={"figure": {"name": "fig-cvae-completion", "caption": "The quadrant seen, the prediction without a code, four completions with one, and the whole image."}, "image": {"alt": "Six rows of seven images: a quadrant of a digit on grey, a blurred prediction, four completions that differ from each other, most of them clearer than the prediction, and the whole digit."}}
 
 
 def together(rest, part):

@@ -217,7 +217,7 @@ for sigma in levels:
     train.fit(denoiser, drawn, device="cpu", progress=False, **how)
     learned[sigma] = denoiser.score(at, sigma).detach()
 
-# %% mystnb={"figure": {"name": "fig-denoising-score", "caption": "Score of a mixture of two Gaussians: smoothed (line), of the data (dashed), and from a trained denoiser (dots), at three noise levels."}, "image": {"alt": "Three panels. In each a solid curve with dots of a trained denoiser on or near it. A dashed curve, the score of the data, agrees with the solid one only in the first panel."}}
+# %% mystnb={"figure": {"name": "fig-denoising-score", "caption": "Score of a mixture of two Gaussians: smoothed (line), of the data (dashed), and from a trained denoiser (dots), at three noise levels."}, "image": {"alt": "Three panels. In each a solid curve with dots of a trained denoiser on or near it. A dashed curve, the score of the data, is near the solid one only in the first panel."}}
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained", sharey=True)
 for ax, sigma in zip(axes, levels, strict=True):
     ax.plot(at, exact_score(at, sigma), label="smoothed")
@@ -277,7 +277,7 @@ for name, walkback in (("without walkback", 1), ("with walkback", 4)):
         f"clean image {first:.1f}"
     )
 
-# %% mystnb={"figure": {"name": "fig-denoising-chains", "caption": "Chains from six held-out images, every fourth step; above without walkback, below with it."}, "image": {"alt": "Two blocks of six rows of sixteen images. Each row starts with a digit and shows later steps of a chain."}}
+# %% mystnb={"figure": {"name": "fig-denoising-chains", "caption": "Chains from six held-out images, every fourth step; above without walkback, below with it."}, "image": {"alt": "Two blocks of six rows of sixteen images. Each row starts with a digit and shows later steps of a chain: sharp strokes above, soft shapes below."}}
 chains = {
     name: m.to("cpu").chain(held_out[:6], 64, generator=seeded(0))
     for name, m in models.items()

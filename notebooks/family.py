@@ -464,4 +464,4 @@ for ax, name in zip(axes, ("PCA", "LLE", "t-SNE"), strict=True):
 # - No model wins everything, and what is easy to fit is hard to beat on small data.
 # - A log-density has units; a trustworthiness of one half is no information.
 #
-# Try: `SIZE = "full"`, which trains the networks three times as long. Who gains?
+# Try: `SIZE = "full"`, which trains the networks three and a half times as long. Who gains?

@@ -221,7 +221,7 @@ print(
     found["MEG"].kl < 0.5 * found["without"].kl,
 )
 
-# %% mystnb={"figure": {"name": "fig-meg-samples", "caption": "Samples of the game without and with the entropy, and data."}, "image": {"alt": "Three scatter plots. Without the entropy the samples sit in one or few places. MEG runs along the ring through all eight modes, bridges included. The data have eight clusters."}}
+# %% mystnb={"figure": {"name": "fig-meg-samples", "caption": "Samples of the game without and with the entropy, and data."}, "image": {"alt": "Three scatter plots. Without the entropy the samples sit in one place, between two modes. MEG runs along the ring through all eight modes, bridges included. The data have eight clusters."}}
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 for ax, (name, s) in zip(axes, samples.items(), strict=True):
     ax.scatter(s[:, 0], s[:, 1], s=2, alpha=0.4, linewidths=0)

@@ -306,7 +306,7 @@ axes[1].margins(y=0.2)
 # decoder then makes of $N(0, I)$. The curve shows $\sigma$ relative to the spread of the means: the scale of the code alone
 # means nothing, since the decoder can undo it.
 
-# %% mystnb={"figure": {"name": "fig-vae-no-kl", "caption": "Left: sigma relative to the spread of the means, by the weight of the divergence. Others: decoded N(0, I)."}, "image": {"alt": "Left, median of sigma over the spread of the means against steps on a logarithmic axis for weights 1, 0.1 and 0: the smaller the weight the lower it ends, and for 0 it keeps falling. Beside it three grids of images decoded from N(0, I): digits for weight 1, others are not."}}
+# %% mystnb={"figure": {"name": "fig-vae-no-kl", "caption": "Left: sigma relative to the spread of the means, by the weight of the divergence. Others: decoded N(0, I)."}, "image": {"alt": "Left, median of sigma over the spread of the means against steps on a logarithmic axis for weights 1, 0.1 and 0: the smaller the weight the lower it ends, and for 0 it keeps falling. Beside it three grids of images decoded from N(0, I): blurred digits for weight 1, fewer for 0.1, mostly faint smears for 0."}}
 figure = plt.figure(figsize=(9, 3.2), layout="constrained")
 axes = figure.subplots(1, 4, width_ratios=[1.5, 1, 1, 1])
 for beta, model in models.items():
@@ -408,7 +408,7 @@ print(
     table[4.0].mutual_information < table[1.0].mutual_information,
 )
 
-# %% mystnb={"figure": {"name": "fig-vae-aggregate", "caption": "Codes of held-out images, one draw each, coloured by class, for three weights of the divergence. The circle holds 99 % of N(0, I)."}, "image": {"alt": "Three scatter plots of two-dimensional codes coloured by class. For weight 0 they spread far outside the circle, for weight 1 they fill it with seams between the classes, for weight 4 they fill it evenly and the classes overlap more."}}
+# %% mystnb={"figure": {"name": "fig-vae-aggregate", "caption": "Codes of held-out images, one draw each, coloured by class, for three weights of the divergence. The circle holds 99 % of N(0, I)."}, "image": {"alt": "Three scatter plots of two-dimensional codes coloured by class. For weight 0 they spread far outside the circle, for weight 1 they fill it and overflow it, with a gap beside one class, for weight 4 they fill it more evenly and most classes overlap."}}
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained")
 angle = torch.linspace(0, 6.2832, 100)
 for ax, (beta, z) in zip(axes, clouds.items(), strict=True):
@@ -506,7 +506,7 @@ print(
 gaps = [c[0] - c[-1] for c in curves.values()]
 print("the IWAE's falls further:", gaps[1] > gaps[0])
 
-# %% mystnb={"figure": {"name": "fig-vae-bound", "caption": "The negative bound in nats by the number of samples, for a VAE and an IWAE, on held-out images."}, "image": {"alt": "Negative bound against the number of samples from 1 to 200 on a logarithmic axis: two falling curves, of a VAE and of an IWAE. The IWAE's falls further."}}
+# %% mystnb={"figure": {"name": "fig-vae-bound", "caption": "The negative bound in nats by the number of samples, for a VAE and an IWAE, on held-out images."}, "image": {"alt": "Negative bound against the number of samples from 1 to 200 on a logarithmic axis: two falling curves, of a VAE and of an IWAE. The IWAE's starts higher, falls further and crosses the VAE's."}}
 figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
 for name, curve in curves.items():
     ax.plot(counts, curve, "o-", markersize=4, label=name)
@@ -517,7 +517,7 @@ legend = ax.legend()
 # ## What you have seen
 #
 # - The score function gives the right gradient without reparameterisation, with many times the variance.
-# - Without the divergence the encoder makes the noise vanish, and $N(0, I)$ decodes to nothing.
+# - Without the divergence the encoder makes the noise vanish, and $N(0, I)$ decodes to faint mixtures.
 # - A plain autoencoder reconstructs new images about as well as those it was trained on. What it lacks is a code to draw.
 # - The divergence pays for information and for the mismatch of the aggregate; its weight trades one against the other.
 # - More samples tighten the bound, on every set of draws.
