@@ -203,11 +203,11 @@ found = {
     name: metrics.mode_quality(s, toy.modes, toy.std) for name, s in samples.items()
 }
 for name, quality in found.items():
+    within = f"{quality.spread_within:.2f}" if quality.modes else "none"
     print(
         f"{name:<8} modes {quality.modes} of 8, high quality "
         f"{quality.high_quality:6.1%}, "
-        f"spread {quality.spread:5.2f} sigma, within 3 sigma "
-        f"{quality.spread_within:.2f}, "
+        f"spread {quality.spread:5.2f} sigma, within 3 sigma {within}, "
         f"KL of the modes' shares {quality.kl:.3f}"
     )
 # A perfect sampler: 98.9 % with a standard error of 0.2 at 2,500 samples.

@@ -173,14 +173,14 @@ class ModeQuality:
         spread: root mean squared distance to the nearest mode per coordinate, in standard deviations; for the mixture
             itself 1. It is of all samples, so that those between modes decide it.
         spread_within: the same of the samples of high quality alone; for the mixture itself 0.974. Points on the modes
-            have high quality and no spread. NaN if there is none.
+            have high quality and no spread. None if there is none.
         kl: KL divergence in nats of the modes' shares of all samples from equal shares, as in :class:`ModeCount`.
     """
 
     modes: int
     high_quality: float
     spread: float
-    spread_within: float
+    spread_within: float | None
     kl: float
 
 
@@ -210,7 +210,7 @@ def mode_quality(x: Tensor, modes: Tensor, std: float) -> ModeQuality:
         modes=len(nearest[high].unique()),
         high_quality=float(high.double().mean()),
         spread=float((distance.square().mean() / 2).sqrt() / std),
-        spread_within=float((distance[high].square().mean() / 2).sqrt() / std),
+        spread_within=float((distance[high].square().mean() / 2).sqrt() / std) if high.any() else None,
         kl=mode_count(nearest, torch.ones(len(modes))).kl,
     )
 

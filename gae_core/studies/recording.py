@@ -241,24 +241,40 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+PARSING = threading.Lock()  # CPython's ast is not for several threads at once
+
+
+@functools.cache
+def _parsed(path: Path, _changed: int) -> tuple[str, list[str]]:
+    """A file's code without comments, docstrings and layout, and what it imports."""
+    with PARSING:
+        tree, names = ast.parse(path.read_text(encoding="utf-8")), []
+        for node in ast.walk(tree):
+            first = node.body[:1] if isinstance(getattr(node, "body", None), list) else []
+            if first and isinstance(first[0], ast.Expr) and isinstance(first[0].value, ast.Constant):
+                node.body.pop(0)
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        return ast.dump(tree), names
+
+
+def parsed(path: Path) -> tuple[str, list[str]]:
+    """The same, read again when the file has changed."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
 def sources(path: Path) -> list[Path]:
     """The files of the package that a file imports, however deep, and itself, in the order of their names."""
     package, found, waiting = Path(__file__).parents[1], set(), [path]
     while waiting:
         found.add(path := waiting.pop())
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            for name in names:
-                if name.startswith(package.name + "."):
-                    file = package.parent.joinpath(*name.split("."))
-                    files = [file.with_suffix(".py"), file / "__init__.py"]
-                    waiting += [file for file in files if file.exists() and file not in found]
+        for name in parsed(path)[1]:
+            if name.startswith(package.name + "."):
+                file = package.parent.joinpath(*name.split("."))
+                files = [file.with_suffix(".py"), file / "__init__.py"]
+                waiting += [file for file in files if file.exists() and file not in found]
     return sorted(found)
-
-
-PARSING = threading.Lock()  # CPython's ast is not for several threads at once
 
 
 def code(study: Study) -> str:
@@ -267,14 +283,8 @@ def code(study: Study) -> str:
     while isinstance(run, functools.partial):
         run = run.func
     digest = hashlib.sha256()
-    with PARSING:
-        for path in sources(Path(inspect.getsourcefile(run)).resolve()):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                first = node.body[:1] if isinstance(getattr(node, "body", None), list) else []
-                if first and isinstance(first[0], ast.Expr) and isinstance(first[0].value, ast.Constant):
-                    node.body.pop(0)
-            digest.update(f"{path.name} {ast.dump(tree)}".encode())
+    for path in sources(Path(inspect.getsourcefile(run)).resolve()):
+        digest.update(f"{path.name} {parsed(path)[0]}".encode())
     return digest.hexdigest()[:12]
 
 
