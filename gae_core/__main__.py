@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     model, images = _one_of("model", registry.MODELS), _one_of("data set", DATA)
 
-    commands.add_parser("list", help="models, data sets and sizes")
+    command = commands.add_parser("list", help="models, studies, data sets and sizes; or how one study is made")
+    command.add_argument("name", nargs="?", type=_one_of("study", registry.STUDIES))
+    command.add_argument("--data", help="default: the study's own")
+    command.add_argument("--size", type=_one_of("size", SIZES), default="medium")
+    command.add_argument("--stale", action="store_true", help="list the book's records that today's code did not make")
 
     command = commands.add_parser("train", help="train one model and keep a checkpoint, on several GPUs by torchrun")
     command.add_argument("name", type=model)
@@ -97,6 +101,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> None:
+    if options.stale:
+        stale = registry.stale(records.RESULTS)
+        print(*(f"{path.parent.name}/{path.stem}: another {', '.join(keys)}" for path, keys in stale.items()), sep="\n")
+        return
+    if options.name:
+        study = registry.STUDIES[options.name]
+        data_name = options.data or study.data[0]
+        if data_name not in study.data:
+            raise ValueError(f"--data of {options.name} must be one of {', '.join(study.data)}, got {data_name!r}")
+        print(f"{options.name}: {study.about}\n  made in {registry.file_of(study)}, topic {study.topic}")
+        print(
+            *(f"  {key}: {value}" for key, value in study.recipe(data_name, options.size).settings().items()), sep="\n"
+        )
+        return
     models = {name: study.about for name, study in registry.MODELS.items()}
     studies = {name: study.about for name, study in registry.STUDIES.items() if name not in models}
     for title, lines in {"Models": models, "Studies": studies, "Data sets": DATA, "Sizes": SIZES}.items():

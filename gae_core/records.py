@@ -1,4 +1,7 @@
-"""Records of runs: read, written, and drawn as tables. No number in a results section is typed by hand."""
+"""Files of records: read, written, drawn as tables, so that no number is typed by hand.
+
+What runs and records is ``studies/recording.py``.
+"""
 
 import contextlib
 import json

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-STREAMS = ("weights", "order", "noise", "evaluation", "samples", "density", "data")
+STREAMS = ("weights", "order", "noise", "evaluation", "samples", "density", "data", "other training")
 
 
 def seed_of(seed: int, name: str, *index: int) -> int:
@@ -22,7 +22,7 @@ def seed_of(seed: int, name: str, *index: int) -> int:
         seed: of the run.
         name: of the stream, one of ``STREAMS``: "weights" at the start of a training; "order" and "noise" in its
             course; "evaluation", of what is measured; "samples"; "density", of what is fitted to codes; "data", of
-            those that are made or chosen.
+            those that are made or chosen; "other training", the seed of another training of the same run.
         *index: tells several streams of one name apart.
 
     Raises:

@@ -38,6 +38,32 @@ def test_list_names_everything(capsys):
     assert all(name in out for name in [*registry.STUDIES, *DATA, *SIZES])
 
 
+def test_list_says_how_a_study_is_made(capsys):
+    assert main(["list", "eae", "--size", "short", "--data", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "made in gae_core/studies/image_models.py, topic image models" in out and "  lam: 1.0\n" in out
+    assert main(["list", "text_bn_0.7"]) == 0
+    out = capsys.readouterr().out
+    assert "gae_core/studies/bn_vae_text.py" in out and "  gamma: 0.7\n" in out and "  test: 1000\n" in out
+    assert main(["list", "text_bn_0.7", "--data", "mnist"]) == 1
+    assert "must be one of learnable, he2019, got 'mnist'" in capsys.readouterr().err
+
+
+def test_list_says_which_records_are_not_of_todays_code(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "STUDIES", {"coin": COINS[0]})
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    assert main([*short("run", "coin"), "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["list", "--stale"]) == 0
+    assert capsys.readouterr().out.strip() == ""
+    monkeypatch.setattr(registry, "STUDIES", {"coin": COINS[1]})
+    assert main(["list", "--stale"]) == 0
+    assert capsys.readouterr().out == "coin/digits-short: another epochs\n"
+    monkeypatch.setattr(registry, "STUDIES", {})
+    assert main(["list", "--stale"]) == 0
+    assert capsys.readouterr().out == "coin/digits-short: another model\n"
+
+
 def test_the_data_sets_are_those_that_can_be_loaded():
     for name in DATA:
         try:

@@ -25,7 +25,9 @@ def room(name):
 
 
 def floor(name):
-    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+    found = [i for i, rooms in enumerate(FLOORS) if room(name) in rooms]
+    assert found, f"{name} is on no floor: add {room(name)} to FLOORS here, and to MATHEMATICS if it is"
+    return found[0]
 
 
 def imports(path, top_level=False):

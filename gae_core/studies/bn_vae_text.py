@@ -13,7 +13,7 @@ from gae_core import languages, metrics, nets, text
 from gae_core.gaussian import kl_to_standard_normal
 from gae_core.models.text_vae import CodeReader, CommittedRate, TextVAE
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm
-from gae_core.seeds import fresh, stream
+from gae_core.seeds import fresh, seed_of, stream
 from gae_core.studies.study import Outcome, Study, Trained, together
 from gae_core.train import Training
 
@@ -190,7 +190,8 @@ def run(recipe: Recipe, name: str, seed: int, device: torch.device) -> Outcome:
     training = fit(model, data, recipe, seed=seed, device=device)
     few = min(steps, 300) * recipe.batch_size  # of a plain VAE, to compare the time of training with
     brief = Recipe(epochs=1, test=recipe.test, dim=recipe.dim, hidden=recipe.hidden, schedule="constant")
-    plain = brief.fit(build(brief, tokens, seed), data.train[:few], seed=seed, device=device)
+    other = seed_of(seed, "other training")
+    plain = brief.fit(build(brief, tokens, other), data.train[:few], seed=other, device=device)
     own, per_row = (
         t.seconds if device.type == "cuda" else t.processor_seconds for t in (training, plain)
     )  # other processes do not count

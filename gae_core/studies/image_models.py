@@ -40,12 +40,14 @@ class Recipe(Trained):
         hidden: widths of the perceptrons' hidden layers, empty for convolutions.
         dim: of the code.
         lam: weight of the entropy, of those that have it.
+        k: of its nearest neighbour.
     """
 
     model: str
     hidden: tuple[int, ...]
     dim: int = 8
     lam: float | None = None
+    k: int | None = None
 
 
 def recipe(model: str, data_name: str, size: str) -> Recipe:
@@ -60,7 +62,8 @@ def recipe(model: str, data_name: str, size: str) -> Recipe:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     hidden, thousands = SIZES[size]
     epochs = max(1, round(1000 * thousands / data.ROWS[data_name]))
-    return Recipe(model=model, hidden=hidden, epochs=epochs, lam={"batch_norm": 0.0, "eae": 1.0}.get(model))
+    own = {"batch_norm": {"lam": 0.0, "k": 1}, "eae": {"lam": 1.0, "k": 1}}.get(model, {})
+    return Recipe(model=model, hidden=hidden, epochs=epochs, **own)
 
 
 def build(recipe: Recipe, shape: Sequence[int], seed: int) -> nn.Module:
@@ -68,9 +71,14 @@ def build(recipe: Recipe, shape: Sequence[int], seed: int) -> nn.Module:
     how = {"hidden": recipe.hidden} if recipe.hidden else {}
     pair = functools.partial(nets.mlp_pair if recipe.hidden else nets.conv_pair, shape, recipe.dim, **how)
     with fresh(seed):
-        if recipe.model == "vae":
-            return VAE(*pair(heads=2, output=nn.Identity), recipe.dim, likelihood="bernoulli")
-        return Autoencoder(*pair(), recipe.dim) if recipe.lam is None else EAE(*pair(), recipe.dim, lam=recipe.lam)
+        match recipe.model:
+            case "autoencoder":
+                return Autoencoder(*pair(), recipe.dim)
+            case "vae":
+                return VAE(*pair(heads=2, output=nn.Identity), recipe.dim, likelihood="bernoulli")
+            case "batch_norm" | "eae":
+                return EAE(*pair(), recipe.dim, lam=recipe.lam, k=recipe.k)
+    raise ValueError(f"model must be one of {', '.join(ABOUT)}, got {recipe.model!r}")
 
 
 def sample_sources(model: nn.Module, images: data.Images, *, n: int, seed: int) -> dict[str, Tensor]:

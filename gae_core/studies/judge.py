@@ -79,7 +79,7 @@ def _epochs(images: data.Images) -> int:
 
 def _file(images: data.Images, seed: int) -> Path:
     """Where the weights are: the name has a digest of what they depend on, so that a part of a data set has its own."""
-    digest = hashlib.sha256(json.dumps([_epochs(images), LR, seed_of(seed, "weights")]).encode())
+    digest = hashlib.sha256(json.dumps([_epochs(images), LR, seed_of(seed, "other training")]).encode())
     for values in (images.x_train, images.y_train):
         digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.cpu().contiguous().numpy())
@@ -104,7 +104,8 @@ def classifier(images: data.Images, *, seed: int = 0) -> Classifier:
         ValueError: if what is kept there is damaged, with its name.
     """
     path = _file(images, seed)
-    with fresh(seed):
+    own = seed_of(seed, "other training")  # no model of a run has its weights or its order
+    with fresh(own):
         model = Classifier(images.shape, int(images.y_train.max()) + 1).eval()
     if path.exists() and about(images, seed=seed):
         try:
@@ -116,7 +117,7 @@ def classifier(images: data.Images, *, seed: int = 0) -> Classifier:
         return model
     records.writable(path.parent)
     epochs = _epochs(images)
-    options = {"epochs": epochs, "lr": LR, "schedule": lambda t: 1 - t, "seed": seed, "progress": False}
+    options = {"epochs": epochs, "lr": LR, "schedule": lambda t: 1 - t, "seed": own, "progress": False}
     train.fit(model, images.x_train, images.y_train, device="cpu", **options)  # weights that can be made again
     logits = metrics.in_batches(model, images.x_test)
     accuracy = (logits.argmax(1) == images.y_test).double().mean().item()

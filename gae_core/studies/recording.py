@@ -6,7 +6,6 @@ import datetime
 import functools
 import hashlib
 import inspect
-import json
 import platform
 import subprocess
 import sys
@@ -71,18 +70,12 @@ def record(
         raise ValueError(f"seeds must be different whole numbers, at least one, got {list(seeds)}")
     chosen, recipe = train.pick_device(device), study.recipe(data, size)
     same = {  # what runs must agree in to stand in one record
-        "model": name,
-        "topic": study.topic,
-        "data": data,
-        "size": size,
-        **recipe.settings(),
+        **made_as(name, study, data, size),
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__.split("+")[0],
-        "code": code(study),
     }
-    same = json.loads(json.dumps(same))  # as it is read again
     path = out / name / f"{data}-{size}.json"
     part, title = path.with_suffix(".part.json"), f"{name}, {data}, {size}"
     tell = say or (lambda line: None)
@@ -131,6 +124,12 @@ def record(
         else:
             part.unlink(missing_ok=True)
     return path
+
+
+def made_as(name: str, study: Study, data: str, size: str) -> dict[str, Any]:
+    """What a record of a study says of how it was made, but for the machine: its settings and its code."""
+    about = {"model": name, "topic": study.topic, "data": data, "size": size}
+    return about | study.recipe(data, size).settings() | {"code": code(study)}
 
 
 def _write(path: Path, same: dict, runs: dict[str, dict], device: torch.device) -> None:
@@ -277,13 +276,15 @@ def sources(path: Path) -> list[Path]:
     return sorted(found)
 
 
+def unwrapped(run: Callable) -> Callable:
+    """The function in a partial one."""
+    return unwrapped(run.func) if isinstance(run, functools.partial) else run
+
+
 def code(study: Study) -> str:
     """Digest of the code that a study runs, whether committed or not: comments, docstrings and layout do not count."""
-    run = study.run
-    while isinstance(run, functools.partial):
-        run = run.func
     digest = hashlib.sha256()
-    for path in sources(Path(inspect.getsourcefile(run)).resolve()):
+    for path in sources(Path(inspect.getsourcefile(unwrapped(study.run))).resolve()):
         digest.update(f"{path.name} {parsed(path)[0]}".encode())
     return digest.hexdigest()[:12]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gae_core import train
+from gae_core import records, train
 from gae_core.studies import (
     bn_vae,
     bn_vae_text,
@@ -37,6 +37,24 @@ MODELS = {name: study for name, study in STUDIES.items() if study.build}  # that
 def record(name: str, **options) -> Path:
     """Record a study by its name: see :func:`gae_core.studies.recording.record`."""
     return recording.record(name, STUDIES[name], **options)
+
+
+def file_of(study: Study) -> str:
+    """The file in which a study is made."""
+    return f"{recording.unwrapped(study.run).__module__.replace('.', '/')}.py"
+
+
+def stale(folder: Path) -> dict[Path, list[str]]:
+    """The records in a folder that today's studies would make otherwise -> the keys in which they differ."""
+    differ = {}
+    for path in sorted(folder.glob("*/*-*.json")):
+        if not path.name.endswith(".part.json"):
+            old, (data, _, size) = records.read(path), path.stem.rpartition("-")
+            study = STUDIES.get(path.parent.name)
+            made = recording.made_as(path.parent.name, study, data, size) if study else {"model": None}
+            if keys := [key for key, value in made.items() if old.get(key) != value]:
+                differ[path] = keys
+    return differ
 
 
 def build(name: str, shape: Sequence[int], *, data: str, size: str, seed: int) -> nn.Module:
