@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
+from gae_core.seeds import stream
+
 
 @dataclass(frozen=True)
 class Images:
@@ -175,7 +177,7 @@ def stack(images: Images, digits: int = 3, *, train: int, test: int, seed: int =
         raise ValueError(f"digits, train and test must be at least 1, got {digits}, {train} and {test}")
     if images.shape[0] != 1 or int(images.y_train.max()) != 9:
         raise ValueError(f"images must be grey and of ten classes, got shape {images.shape}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "data")
     parts: list[Tensor] = []
     for x, y, n in ((images.x_train, images.y_train, train), (images.x_test, images.y_test, test)):
         rows = torch.randint(len(x), (n, digits), generator=generator)

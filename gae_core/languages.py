@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from gae_core.seeds import stream
 from gae_core.text import SIGNS, Sentences, Vocabulary
 
 
@@ -175,7 +176,7 @@ def synthetic(name: str, *, train: int = 16_000, test: int = 1000, seed: int = 0
     """
     if name not in RECIPES:
         raise ValueError(f"name must be one of {', '.join(RECIPES)}, got {name!r}")
-    language, generator = SyntheticLanguage(RECIPES[name]), torch.Generator().manual_seed(seed)
+    language, generator = SyntheticLanguage(RECIPES[name]), stream(seed, "data")
     parts = []
     for n in (test, train):
         z = language.sample_codes(n, generator=generator)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gae_core.seeds import stream
+
 PAD, END, UNKNOWN = range(3)
 SIGNS = ("<pad>", "</s>", "<unk>")  # how they are spelled
 
@@ -140,7 +142,7 @@ def load_sentences(
             f"{path} must have at least 2 sentences of 1 to {max_length} words, one a line; "
             f"it has {len(kept)} among {len(lines)} lines, {len(found) - len(kept)} are longer"
         )
-    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(kept), generator=stream(seed, "data")).tolist()
     n = min(max(1, round(test_share * len(kept))), len(kept) - 1)
     held, rest = [kept[i] for i in order[:n]], [kept[i] for i in order[n:]]
     vocabulary, length = Vocabulary.of(rest, max_words=max_words), max(map(len, kept)) + 1

@@ -152,7 +152,14 @@ def fit(
     steps = len(x) // batch_size
 
     # What must agree for a checkpoint to be of this training.
-    settings = {"rows": len(x), "batch_size": batch_size, "lr": lr, "seed": seed, "clip": clip, "precision": precision}
+    settings = {
+        "rows": len(x),
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": int(seed),
+        "clip": clip,
+        "precision": precision,
+    }
     if optimizer != "adam":
         settings["optimizer"] = optimizer
     if betas != (0.9, 0.999):

@@ -58,8 +58,10 @@ class Clock:
     def stopped(self) -> Iterator[None]:
         """What happens within it does not count."""
         self._stop()
-        yield
-        self._go()
+        try:
+            yield
+        finally:
+            self._go()
 
     def seconds(self) -> tuple[float, float]:
         """All of them; after it the clock is of no use."""

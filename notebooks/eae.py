@@ -48,6 +48,7 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gae_core") is Non
         )
 
 # %%
+import dataclasses
 import time
 
 import matplotlib.pyplot as plt
@@ -158,7 +159,9 @@ for ax, title, row in zip(axes, ["held-out image", *models], rows, strict=True):
 # %%
 n = 2000 if SIZE == "short" else 10_000
 measured = {
-    title: image_models.measure(m, images, seed=SEED, n=n)
+    title: image_models.measure(
+        m, images, dataclasses.replace(recipe, drawn=n), seed=SEED
+    )
     for title, m in models.items()
 }
 print(f"{'':<25}" + "".join(f"{title:>19}" for title in measured))

@@ -33,6 +33,7 @@ def put(folder, name, record="mnist-medium", seeds=(0, 1, 2), curves=None, **met
 def reading(tmp_path):
     put(tmp_path, "a", error=[1.0, 2.0, 3.0], loss=[-1.0, -1.0, -1.0], curves={"NLL": [[9.0] * 19 + [1, 3]] * 3})
     put(tmp_path, "b", error=[2.1, 3.0, 4.1])
+    put(tmp_path, "one", seeds=[9], error=[1.0])
     put(tmp_path, "b2", error=[5.0, 1.0, 9.0])
     put(tmp_path, "five", seeds=range(5), error=[1.0, 2.0, 4.0, 5.0, 6.0])
     put(tmp_path, "c", error=[7.0, 7.0, 7.0], **{"Fréchet, N(0, I)": [210.0, 212.0, 214.0], "I(x; z)": [2.0, 2.5, 3.0]})
@@ -103,6 +104,10 @@ def test_a_value_is_printed_from_its_record(reading, text, printed):
         ("by_seed([a | error]) >= 1", True),
         ("by_seed([a | error]) > 1", False),
         ("log([c@mnist | error]) < 2", True),
+        ("less([b | error], [c@mnist | error])", True),  # the same with each of three seeds: exact
+        ("less(exact([one | error]) - 2, [b | error])", True),
+        ("less([b | error], exact([one | error]))", False),
+        ("less(exact([one | error]), [c@mnist | error])", True),
     ],
 )
 def test_a_claim_is_printed_if_it_holds(reading, text, holds):
@@ -134,6 +139,12 @@ def test_what_does_not_hold_is_told_with_its_values(reading):
         ("[a | point 0 of NLL]", "no 'point 0 of NLL'"),
         ("[a | point 22 of NLL]", "point 22 must be one of the 21"),
         ("[a | point -22 of NLL]", "point -22 must be one of the 21"),
+        ("less([one | error], [b | error])", "3 seeds or more"),  # of one seed nothing follows
+        ("[one | error] < [b | error] and [none | error] > 0", "must be one record, got 0"),
+        ("[a | error] < [b | error] or [none | error] > 0", "must be one record, got 0"),
+        ("not ([a | error] or [b | error])", "must be conditions"),
+        ("not less([a, b | error], [b | error])", "could mean two things"),
+        ("near([a | error], 2, [a, b | error])", "one distance, got 2"),
         ("[a | error] <", "no expression"),
         ("[a | error] + [five | error]", "cannot be paired"),
         ("__import__('os')", "no part of an expression"),

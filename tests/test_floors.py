@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MATHEMATICS = ("gaussian", "entropy", "normalization", "densities", "chains", "information", "energy")
 FLOORS = [
-    {*MATHEMATICS, "nets", "data", "parallel", "text", "seeds", "training"},
+    {*MATHEMATICS, "seeds"},
+    {"nets", "data", "parallel", "text", "training"},
     {"models", "languages"},
     {"train", "metrics", "plots", "records"},
     {"studies"},

@@ -14,7 +14,8 @@ NLL]`` its largest value, ``[name | at 400 of NLL]`` the one after 400 epochs (o
 record itself.
 
 Arithmetic is done seed by seed, so that a difference has the error of a paired one; ``<`` compares means;
-``less(a, b)`` is what the chapters call *clearly*, :func:`gae_core.records.less`, of the seeds that both have;
+``less(a, b)`` is what the chapters call *clearly*, :func:`gae_core.records.less`, of the seeds that both have (what is
+the same with each of two seeds or more counts as exact, and ``exact(x)`` says of one seed that nothing is random);
 ``level(a, b)`` that neither is clearly less; ``near(a, b, by)`` that they are no further apart than that. ``min``,
 ``max``, ``mean``, ``abs``, ``sqrt``, ``log``, ``by_seed`` (each seed's value), ``seeds`` (how many there are) and
 ``positive`` (with how many of them a quantity is above 0) are there too. ``{value}`` takes a format after the
@@ -61,15 +62,18 @@ class Quantity:
     def mean(self) -> float:
         return statistics.fmean(self.by_seed)
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is random in it: a number, or the same with each of two seeds or more."""
+        return not self.seeds or (len(self.seeds) > 1 and len(set(self.by_seed)) == 1)
+
     def with_(self, other: "Quantity", operation: Callable[[float, float], float]) -> "Quantity":
         """Combine two, seed by seed."""
         if self.seeds and other.seeds and self.seeds != other.seeds:
-            one, two = (len(set(q.by_seed)) == 1 for q in (self, other))  # nothing is random in one of them
-            if not one and not two:
+            if not self.exact and not other.exact:
                 raise ValueError(f"seeds {self.seeds} and {other.seeds} cannot be paired: compare means with mean(...)")
-            constant = dataclasses.replace(self if one else other, seeds=None)
-            pair = (constant, other) if one else (self, constant)
-            return Quantity.with_(*pair, operation)
+            constant = dataclasses.replace(self if self.exact else other, seeds=None)
+            return Quantity.with_(*((constant, other) if self.exact else (self, constant)), operation)
         n = max(len(q.by_seed) if q.seeds else 1 for q in (self, other))
         a, b = ((q.by_seed if q.seeds else q.by_seed[:1] * n) for q in (self, other))
         return Quantity(tuple(operation(x, y) for x, y in zip(a, b, strict=True)), self.seeds or other.seeds)
@@ -77,13 +81,12 @@ class Quantity:
 
 def clearly_less(a: Quantity, b: Quantity) -> bool:
     """:func:`gae_core.records.less` of the seeds that both have."""
-    if a.seeds and b.seeds and len(set(a.by_seed)) > 1 and len(set(b.by_seed)) > 1:
-        both = [seed for seed in a.seeds if seed in b.seeds]
-        return records.less(*([q.by_seed[q.seeds.index(seed)] for seed in both] for q in (a, b)))
-    one, two = (q.by_seed[:1] if len(set(q.by_seed)) == 1 else q.by_seed for q in (a, b))
-    if len(one) == len(two) == 1:  # nothing is random in either
-        return one[0] < two[0]
-    return records.less(one, two)
+    if a.exact and b.exact:
+        return a.mean < b.mean
+    if a.exact or b.exact:
+        return records.less(*(q.by_seed[:1] if q.exact else q.by_seed for q in (a, b)))
+    both = [seed for seed in a.seeds if seed in b.seeds]
+    return records.less(*([q.by_seed[q.seeds.index(seed)] for seed in both] for q in (a, b)))
 
 
 Quantities = list[Quantity]  # of several names; a comparison must hold for each
@@ -100,11 +103,12 @@ class Reading:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.read = folder, {}
+        self.folder, self.read, self.several = folder, {}, False
         self.functions = {
             "less": lambda a, b: self._each(clearly_less, a, b),
+            "exact": lambda a: [dataclasses.replace(q, seeds=None, by_seed=q.by_seed[:1]) for q in a],
             "level": lambda a, b: self._each(lambda x, y: not clearly_less(x, y) and not clearly_less(y, x), a, b),
-            "near": lambda a, b, by: self._each(lambda x, y: abs(x.mean - y.mean) <= by[0].mean, a, b),
+            "near": self._near,
             "min": lambda *args: [min((q for a in args for q in a), key=lambda q: q.mean)],
             "max": lambda *args: [max((q for a in args for q in a), key=lambda q: q.mean)],
             "mean": lambda a: [Quantity((statistics.fmean(q.mean for q in a),))],
@@ -180,7 +184,13 @@ class Reading:
         if 1 not in (len(a), len(b)) and len(a) != len(b):
             raise ValueError(f"{len(a)} and {len(b)} quantities cannot be paired")
         n = max(len(a), len(b))
+        self.several |= n > 1
         yield from zip(a * (n // len(a)), b * (n // len(b)), strict=True)
+
+    def _near(self, a: Quantities, b: Quantities, by: Quantities) -> bool:
+        if len(by) != 1:
+            raise ValueError(f"near needs one distance, got {len(by)}")
+        return self._each(lambda x, y: abs(x.mean - y.mean) <= by[0].mean, a, b)
 
     def _each(self, holds: Callable[[Quantity, Quantity], bool], a: Quantities, b: Quantities) -> bool:
         return all(holds(x, y) for x, y in self._pairs(a, b))
@@ -204,6 +214,13 @@ class Reading:
         except SyntaxError as error:
             raise ValueError(f"{text!r} is no expression") from error
 
+        def conditions(nodes: list[ast.AST]) -> list[bool]:
+            """All of them, so that none is taken on trust."""
+            found = [value(node) for node in nodes]
+            if wrong := [ast.unparse(n) for n, v in zip(nodes, found, strict=True) if not isinstance(v, bool)]:
+                raise ValueError(f"{', '.join(wrong)} in {text!r} must be conditions, and are quantities")
+            return found
+
         def value(node: ast.AST) -> Quantities | bool:
             match node:
                 case ast.Constant(value=int() | float() as number):
@@ -213,12 +230,18 @@ class Reading:
                 case ast.UnaryOp(op=ast.USub(), operand=operand):
                     return self._map(operator.neg, value(operand))
                 case ast.UnaryOp(op=ast.Not(), operand=operand):
-                    return not value(operand)
+                    self.several = False
+                    (found,) = conditions([operand])
+                    if self.several:
+                        raise ValueError(
+                            f"not {ast.unparse(operand)} of several names could mean two things, in {text!r}"
+                        )
+                    return not found
                 case ast.BinOp(left=left, op=op, right=right) if type(op) in MATHS:
                     pairs = self._pairs(value(left), value(right))
                     return [x.with_(y, MATHS[type(op)]) for x, y in pairs]
                 case ast.BoolOp(op=op, values=values):
-                    return (all if isinstance(op, ast.And) else any)(value(v) is True for v in values)
+                    return (all if isinstance(op, ast.And) else any)(conditions(values))
                 case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in ORDER for op in ops):
                     sides = [value(v) for v in (left, *others)]
                     return all(

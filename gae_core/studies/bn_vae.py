@@ -5,7 +5,7 @@ The decoder sees the pixels before; see :class:`gae_core.models.bn_vae.PixelDeco
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
@@ -16,6 +16,7 @@ from gae_core import data, metrics, nets, plots
 from gae_core.models.bn_vae import AutoregressiveVAE, PixelDecoder
 from gae_core.normalization import CoupledBatchNorm, FixedScaleBatchNorm, FixedScaleLayerNorm
 from gae_core.seeds import fresh, stream
+from gae_core.studies import study
 from gae_core.studies.study import Outcome, Study, Trained, together
 
 DATA = ("mnist", "digits")
@@ -36,7 +37,7 @@ class Recipe(Trained):
         rows: training images, at most.
         test: test images, at most.
         images: those of them whose likelihood is estimated.
-        samples: importance samples of the likelihood, or several numbers of them.
+        samples: importance samples of the likelihood.
     """
 
     norm: str | None = None
@@ -48,7 +49,7 @@ class Recipe(Trained):
     rows: int = 60_000
     test: int = 5000
     images: int = 500
-    samples: int | tuple[int, ...] = 256
+    samples: int = 256
 
 
 SIZES = {
@@ -164,27 +165,41 @@ ESTIMATED = {"gamma0.7": "batch norm on μ", "tau0.1": "coupled, τ = 0.1", "tau
 DRAWS = {"short": (2, 4), "medium": (4, 16, 64, 256, 1024), "full": (4, 16, 64, 256, 1024, 4096)}
 
 
-def estimates_recipe(_data: str, size: str) -> Recipe:
-    """The recipe of all three models, but for their norms."""
-    images = SIZES[size].get("images", Recipe.images) // 5
-    return Recipe(**{**SIZES[size], "images": images, "samples": DRAWS[size]})
+@dataclass(frozen=True, kw_only=True)
+class Estimates(study.Recipe):
+    """How the models are made and measured.
+
+    Attributes:
+        models: the recipe of each.
+        images: test images whose likelihood is estimated.
+        draws: numbers of importance samples.
+    """
+
+    models: tuple[Recipe, ...]
+    images: int
+    draws: tuple[int, ...]
 
 
-def run_estimates(recipe: Recipe, data_name: str, seed: int, device: torch.device) -> Outcome:
+def estimates_recipe(data_name: str, size: str) -> Estimates:
+    """The recipe of a recorded run."""
+    models = tuple(recipe(VARIANTS[variant][1], data_name, size) for variant in ESTIMATED)
+    return Estimates(epochs=models[0].epochs, models=models, images=models[0].images // 5, draws=DRAWS[size])
+
+
+def run_estimates(recipe: Estimates, data_name: str, seed: int, device: torch.device) -> Outcome:
     """NLL of trained models against the number of draws, by proposal: the images are the first test images."""
     x_train, x_test = _load(data_name)
     curves, trainings = {}, []
     figure, axes = plt.subplots(1, len(ESTIMATED), figsize=(9, 3), sharey=True, layout="constrained")
-    for ax, (variant, title) in zip(axes, ESTIMATED.items(), strict=True):
-        own = replace(recipe, **VARIANTS[variant][1])
+    for ax, own, title in zip(axes, recipe.models, ESTIMATED.values(), strict=True):
         model = build(own, x_train.shape[1:], seed)
-        trainings.append(own.fit(model, x_train[: recipe.rows], seed=seed, device=device))
+        trainings.append(own.fit(model, x_train[: own.rows], seed=seed, device=device))
         for proposal, mark in zip(metrics.PROPOSALS, "os^", strict=True):
             noise = stream(seed, "evaluation")  # the same for each
             estimate = functools.partial(metrics.importance_weighted_nll, model, x_test[: recipe.images])
-            nll = [float(estimate(samples=s, proposal=proposal, generator=noise).nll.mean()) for s in recipe.samples]
+            nll = [float(estimate(samples=s, proposal=proposal, generator=noise).nll.mean()) for s in recipe.draws]
             curves[f"{title}, {proposal}"] = nll
-            ax.plot(recipe.samples, nll, marker=mark, label=proposal)
+            ax.plot(recipe.draws, nll, marker=mark, label=proposal)
         ax.set(title=title, xlabel="draws", xscale="log")
     axes[0].set(ylabel="estimate of the NLL, nats")
     axes[-1].legend(title="proposal")

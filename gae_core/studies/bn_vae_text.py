@@ -132,7 +132,7 @@ def fit(model: nn.Module, data: text.Sentences, recipe: Recipe, *, seed: int, de
     turn = model.players["encoder"][1] + 1
     first = max(1, round(recipe.ahead * turn * recipe.epochs))
     alone = dataclasses.replace(recipe, epochs=first, schedule="constant")
-    ahead = alone.fit(model, data.train, seed=seed, device=device)
+    ahead = alone.fit(model, data.train, seed=seed_of(seed, "other training", 1), device=device)
     model.train_together()
     rest = dataclasses.replace(recipe, epochs=max(1, recipe.epochs - round(first / turn)))
     then = rest.fit(model, data.train, data.z_train, seed=seed, device=device)
@@ -159,8 +159,8 @@ def measure(model: TextVAE, data: text.Sentences, recipe: Recipe, *, seed: int) 
     parts = [metrics.encoder_information(*pair, generator=generator).mutual_information for pair in pairs]
     z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator).to(device)
     right, shuffled = (model.log_likelihood(x, code) for code in (z, z.roll(1, 0)))
-    training = copy.deepcopy(model).train()
-    batches = [training.loss(rows, generator=generator).kl for rows in x.split(batch)[: len(pairs)]]
+    training, noise = copy.deepcopy(model).train(), stream(seed, "evaluation", 1, device=device)
+    batches = [training.loss(rows, generator=noise).kl for rows in x.split(batch)[: len(pairs)]]
     old = model.encode(data.train[:2000].to(device)).cpu().double()
     old, new = (nn.functional.pad(m, (0, 1), value=1.0) for m in (old, mu.cpu().double()))
     fitted = new @ torch.linalg.lstsq(old, data.z_train[:2000].double()).solution

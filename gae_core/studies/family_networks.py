@@ -56,9 +56,11 @@ class Entropic(Network):
 
     Attributes:
         lam: weight of the codes' entropy.
+        k: of its nearest neighbour.
     """
 
     lam: float
+    k: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,8 @@ def build(recipe: Network, pixels: int, seed: int) -> nn.Module:
         match recipe:
             case Inferred(steps=steps, step_size=length, sigma=sigma, second_order=second):
                 return GAE(pair()[1], recipe.dim, steps=steps, step_size=length, sigma=sigma, second_order=second)
-            case Entropic(lam=lam):
-                return EAE(*pair(), recipe.dim, lam=lam)
+            case Entropic(lam=lam, k=k):
+                return EAE(*pair(), recipe.dim, lam=lam, k=k)
             case Denoising(corruption=std, sigma=sigma, walkback=walkback):
                 corruption = gaussian_noise(std)
                 model = functools.partial(DenoisingAutoencoder, likelihood="gaussian", sigma=sigma, walkback=walkback)

@@ -36,34 +36,48 @@ class Recipe(Trained):
     """How a model is made and trained.
 
     Attributes:
-        model: one of ``ABOUT``.
+        kind: of model, one of ``ABOUT``.
         hidden: widths of the perceptrons' hidden layers, empty for convolutions.
         dim: of the code.
         lam: weight of the entropy, of those that have it.
         k: of its nearest neighbour.
+        coded: training images, at most, to whose codes one Gaussian is fitted.
+        fitted: of these, those to whose codes a mixture is.
+        components: of the mixture.
+        drawn: images of each source, at most as many as the test set has.
+        compared: images for precision and recall.
+        binarised: test images whose likelihood is estimated, of those that have one.
+        samples: importance samples for each of them.
     """
 
-    model: str
+    kind: str
     hidden: tuple[int, ...]
     dim: int = 8
     lam: float | None = None
     k: int | None = None
+    coded: int = 20_000
+    fitted: int = 5000
+    components: int = 10
+    drawn: int = 10_000
+    compared: int = 2000
+    binarised: int = 1000
+    samples: int = 200
 
 
-def recipe(model: str, data_name: str, size: str) -> Recipe:
+def recipe(kind: str, data_name: str, size: str) -> Recipe:
     """The recipe of a recorded run.
 
     Raises:
-        ValueError: for an unknown model or size.
+        ValueError: for an unknown kind of model, or size.
     """
-    if model not in ABOUT:
-        raise ValueError(f"model must be one of {', '.join(ABOUT)}, got {model!r}")
+    if kind not in ABOUT:
+        raise ValueError(f"kind must be one of {', '.join(ABOUT)}, got {kind!r}")
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     hidden, thousands = SIZES[size]
     epochs = max(1, round(1000 * thousands / data.ROWS[data_name]))
-    own = {"batch_norm": {"lam": 0.0, "k": 1}, "eae": {"lam": 1.0, "k": 1}}.get(model, {})
-    return Recipe(model=model, hidden=hidden, epochs=epochs, **own)
+    own = {"batch_norm": {"lam": 0.0, "k": 1}, "eae": {"lam": 1.0, "k": 1}}.get(kind, {})
+    return Recipe(kind=kind, hidden=hidden, epochs=epochs, **own)
 
 
 def build(recipe: Recipe, shape: Sequence[int], seed: int) -> nn.Module:
@@ -71,22 +85,23 @@ def build(recipe: Recipe, shape: Sequence[int], seed: int) -> nn.Module:
     how = {"hidden": recipe.hidden} if recipe.hidden else {}
     pair = functools.partial(nets.mlp_pair if recipe.hidden else nets.conv_pair, shape, recipe.dim, **how)
     with fresh(seed):
-        match recipe.model:
+        match recipe.kind:
             case "autoencoder":
                 return Autoencoder(*pair(), recipe.dim)
             case "vae":
                 return VAE(*pair(heads=2, output=nn.Identity), recipe.dim, likelihood="bernoulli")
             case "batch_norm" | "eae":
                 return EAE(*pair(), recipe.dim, lam=recipe.lam, k=recipe.k)
-    raise ValueError(f"model must be one of {', '.join(ABOUT)}, got {recipe.model!r}")
+    raise ValueError(f"kind must be one of {', '.join(ABOUT)}, got {recipe.kind!r}")
 
 
-def sample_sources(model: nn.Module, images: data.Images, *, n: int, seed: int) -> dict[str, Tensor]:
+def sample_sources(model: nn.Module, images: data.Images, recipe: Recipe, *, n: int, seed: int) -> dict[str, Tensor]:
     """Images that the same decoder shows for four sources of codes.
 
     Args:
         model: trained, in evaluation mode.
         images: data; densities are fitted to codes of training images, reconstructions are of test images.
+        recipe: has how many codes the densities are fitted to.
         n: images a source.
         seed: of the samples and the fit.
 
@@ -95,10 +110,10 @@ def sample_sources(model: nn.Module, images: data.Images, *, n: int, seed: int) 
         "reconstructions".
     """
     generator = stream(seed, "samples")
-    z = metrics.in_batches(model.encode, images.x_train[:20_000])
+    z = metrics.in_batches(model.encode, images.x_train[: recipe.coded])
     densities = {
         "one Gaussian": fit_gaussian_mixture(z),
-        "mixture of ten": fit_gaussian_mixture(z[:5000], 10, seed=seed_of(seed, "density")),
+        "mixture of ten": fit_gaussian_mixture(z[: recipe.fitted], recipe.components, seed=seed_of(seed, "density")),
     }
     return {
         "N(0, I)": torch.cat(
@@ -112,36 +127,37 @@ def sample_sources(model: nn.Module, images: data.Images, *, n: int, seed: int) 
     }
 
 
-def measure(model: nn.Module, images: data.Images, *, seed: int, n: int = 10_000) -> dict[str, float]:
+def measure(model: nn.Module, images: data.Images, recipe: Recipe, *, seed: int) -> dict[str, float]:
     """The metrics of a trained model on held-out data: error, Fréchet distances, precision and recall, codes.
 
-    Codes of a variational model are drawn from q(z | x), one for each image. Its likelihood is that of the first 1,000
-    test images, binarised at random by their grey values; the importance samples are 200 for each.
+    Codes of a variational model are drawn from q(z | x), one for each image. Its likelihood is that of the first test
+    images, binarised at random by their grey values.
 
     Args:
         model: trained, in evaluation mode.
         images: data.
+        recipe: has how much is drawn.
         seed: of the samples.
-        n: images for the Fréchet distances, at most those of the test set; precision and recall take at most 2,000.
     """
     generator = stream(seed, "evaluation")
     features = judge.classifier(images).to(next(model.parameters()).device).features
     real = metrics.in_batches(features, images.x_test)
-    sources = {"real images": images.x_train[:n], **sample_sources(model, images, n=min(n, len(real)), seed=seed)}
+    n = min(recipe.drawn, len(real))
+    sources = {"real images": images.x_train[:n], **sample_sources(model, images, recipe, n=n, seed=seed)}
     fakes = {name: metrics.in_batches(features, x) for name, x in sources.items()}
     measured = {
         "squared error": float(metrics.squared_error(model, images.x_test).mean()),
         **{f"Fréchet, {name}": metrics.frechet_distance(fake, real) for name, fake in fakes.items()},
     }
     for name in ("real images", "N(0, I)"):
-        shares = metrics.precision_recall(real[:2000], fakes[name][:2000])
+        shares = metrics.precision_recall(real[: recipe.compared], fakes[name][: recipe.compared])
         measured |= {f"precision, {name}": shares.precision, f"recall, {name}": shares.recall}
     codes = metrics.in_batches(model.encode, images.x_test)
     if isinstance(model, VAE):
         mu, logvar = metrics.in_batches(model.posterior, images.x_test)
         codes = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator)
-        binary = torch.bernoulli(data.to_unit(images.x_test[:1000]), generator=generator)
-        nll = metrics.importance_weighted_nll(model, binary, samples=200, generator=generator)
+        binary = torch.bernoulli(data.to_unit(images.x_test[: recipe.binarised]), generator=generator)
+        nll = metrics.importance_weighted_nll(model, binary, samples=recipe.samples, generator=generator)
         split = metrics.encoder_information(mu, logvar, generator=generator)
         measured |= {
             "NLL of binarised images": float(nll.nll.mean()),
@@ -163,9 +179,9 @@ def run(recipe: Recipe, data_name: str, seed: int, device: torch.device) -> Outc
     model = build(recipe, images.shape, seed)
     training = recipe.fit(model, images.x_train, images.y_train, seed=seed, device=device)
     return Outcome(
-        measure(model, images, seed=seed),
+        measure(model, images, recipe, seed=seed),
         training,
-        figure=plots.image_panels(sample_sources(model, images, n=64, seed=seed), columns=8),
+        figure=plots.image_panels(sample_sources(model, images, recipe, n=64, seed=seed), columns=8),
         classifier=judge.about(images),
     )
 

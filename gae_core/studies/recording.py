@@ -6,6 +6,8 @@ import datetime
 import functools
 import hashlib
 import inspect
+import json
+import math
 import platform
 import subprocess
 import sys
@@ -128,14 +130,21 @@ def record(
 
 def made_as(name: str, study: Study, data: str, size: str) -> dict[str, Any]:
     """What a record of a study says of how it was made, but for the machine: its settings and its code."""
-    about = {"model": name, "topic": study.topic, "data": data, "size": size}
-    return about | study.recipe(data, size).settings() | {"code": code(study)}
+    about = {"model": name, "topic": study.topic, "data": data, "size": size, "code": code(study)}
+    settings = study.recipe(data, size).settings()
+    if taken := settings.keys() & {*about, *records.KEYS} - {"epochs"}:
+        raise ValueError(
+            f"a recipe must not have fields that a record has itself, {name} has {', '.join(sorted(taken))}"
+        )
+    return about | settings
 
 
 def _write(path: Path, same: dict, runs: dict[str, dict], device: torch.device) -> None:
     """Write the record of some seeds."""
     found = list(runs.values())
     total = {key: [run[key] for run in found] for key in found[0]}
+    if len({json.dumps(judge, sort_keys=True) for judge in total["classifier"]}) > 1:
+        raise ValueError(f"{path}: seeds must be measured by one classifier, got {total['classifier']}")
     seconds = sum(total["training seconds"])
     command = f"python -m gae_core run {same['model']} --data {same['data']} --size {same['size']}"
     records.write(
@@ -158,7 +167,11 @@ def _write(path: Path, same: dict, runs: dict[str, dict], device: torch.device) 
                 for key in found[0]["metrics"]
                 if all(key in run["metrics"] for run in found)
             },
-            "curves": {key: [run["curves"][key] for run in found] for key in found[0]["curves"]},
+            "curves": {
+                key: [run["curves"][key] for run in found]
+                for key in found[0]["curves"]
+                if all(key in run["curves"] for run in found)
+            },
         },
     )
 
@@ -218,6 +231,9 @@ def _seed(study: Study, recipe: Recipe, same: dict, seed: int, device: torch.dev
     start = time.perf_counter()
     outcome = study.run(recipe, same["data"], seed, device)
     seconds = time.perf_counter() - start
+    numbers = {**outcome.metrics, **{name: sum(values) for name, values in outcome.curves.items()}}
+    if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
+        raise ValueError(f"metrics and curves must be finite, seed {seed} of {same['model']} gave {', '.join(wrong)}")
     kept = {
         "training seconds": outcome.training.seconds,
         "wall seconds": seconds,
@@ -245,7 +261,7 @@ PARSING = threading.Lock()  # CPython's ast is not for several threads at once
 
 @functools.cache
 def _parsed(path: Path, _changed: int) -> tuple[str, list[str]]:
-    """A file's code without comments, docstrings and layout, and what it imports."""
+    """A file's code without comments, docstrings and layout, and the dotted names of what it uses."""
     with PARSING:
         tree, names = ast.parse(path.read_text(encoding="utf-8")), []
         for node in ast.walk(tree):
@@ -253,8 +269,16 @@ def _parsed(path: Path, _changed: int) -> tuple[str, list[str]]:
             if first and isinstance(first[0], ast.Expr) and isinstance(first[0].value, ast.Constant):
                 node.body.pop(0)
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            if isinstance(node, ast.ImportFrom):
+                if node.level:
+                    raise ValueError(f"{path} must import by full names, got a relative import")
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+        own = {name.rpartition(".")[2]: name for name in names}
+        names += [  # of a folder with a face, what is taken from it
+            f"{own[node.value.id]}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in own
+        ]
         return ast.dump(tree), names
 
 
@@ -264,14 +288,20 @@ def parsed(path: Path) -> tuple[str, list[str]]:
 
 
 def sources(path: Path) -> list[Path]:
-    """The files of the package that a file imports, however deep, and itself, in the order of their names."""
+    """The files of the package that a file uses, however deep, and itself, in the order of their names.
+
+    Of a folder whose ``__init__`` shows what is in its files, such as ``metrics``, they are those that are used.
+    """
     package, found, waiting = Path(__file__).parents[1], set(), [path]
     while waiting:
         found.add(path := waiting.pop())
         for name in parsed(path)[1]:
             if name.startswith(package.name + "."):
-                file = package.parent.joinpath(*name.split("."))
-                files = [file.with_suffix(".py"), file / "__init__.py"]
+                folder, _, last = name.rpartition(".")
+                face = package.parent.joinpath(*folder.split("."), "__init__.py")
+                shown = {n.rpartition(".")[2]: n.rpartition(".")[0] for n in parsed(face)[1]} if face.exists() else {}
+                names = [shown.get(last, name), folder]
+                files = [package.parent.joinpath(*n.split(".")).with_suffix(".py") for n in names]
                 waiting += [file for file in files if file.exists() and file not in found]
     return sorted(found)
 
