@@ -164,8 +164,7 @@ def mala_step(
 def _run(energy, z0, step_size, n_steps, warmup, thin, limit, generator, *, adjust, target) -> Chains:
     """Draw the noise, make the steps, choose their size in the warm-up, and keep what is asked for."""
     _check_run(z0, step_size, n_steps, warmup, thin)
-    source = z0.device if generator is None else generator.device
-    step = 0
+    source, step = z0.device if generator is None else generator.device, 0
 
     def noise(draw: Callable, *shape: int) -> Tensor:
         return draw(shape, generator=generator, device=source, dtype=z0.dtype).to(z0.device)

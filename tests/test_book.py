@@ -480,8 +480,9 @@ def test_the_sources_of_codes_stand_in_the_text_in_their_order():
 
     rows = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     images = data.Images("digits", rows, torch.zeros(400).long(), rows[:8], torch.zeros(8).long())
-    model = image_models.build(image_models.recipe("autoencoder", "digits", "short"), (1, 8, 8), 0).eval()
-    sources = image_models.sample_sources(model, images, n=8, seed=0)
+    recipe = image_models.recipe("autoencoder", "digits", "short")
+    model = image_models.build(recipe, (1, 8, 8), 0).eval()
+    sources = image_models.sample_sources(model, images, recipe, n=8, seed=0)
     metrics = {f"Fréchet, {name}": {"by seed": [i + 1.0]} for i, name in enumerate(sources)}
     alt, _ = pictured({"model": "m", "data": "digits", "size": "short", "metrics": metrics}, "a model")
     assert [int(value) for value in re.findall(r"\((\d+)\)", alt)] == [1, 2, 3, 4]

@@ -58,6 +58,11 @@ def test_imports_point_down(path):
             assert below or same or door, f"{own} imports {name}, which is not on a floor below"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_can_be_read_at_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, f"split {path.name}"
+
+
 @pytest.mark.parametrize("name", MATHEMATICS)
 def test_a_file_of_mathematics_needs_torch_alone(name):
     allowed = {"torch", *sys.stdlib_module_names}

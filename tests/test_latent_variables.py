@@ -194,6 +194,25 @@ def test_what_assumes_a_gaussian_prior_refuses_another():
         Half(model.encoder, model.decoder, 1).sample(2)
 
 
+def test_a_prior_of_another_kind_is_given_whole():
+    class Half(VAE):
+        def sample_prior(self, n, y=None, *, generator=None):
+            return torch.zeros(n, self.dim)
+
+    with pytest.raises(ValueError, match="sample_prior must come with log_prior, got a Half"):
+        Half(nn.Linear(4, 2), nn.Linear(1, 4), 1)
+
+
+def test_a_bound_that_has_no_weight_of_the_divergence_refuses_one():
+    x = torch.rand(5, 4).round()
+    with pytest.raises(ValueError, match=r"beta must be 1, .*got beta=0\.5"):
+        VAE(nn.Linear(4, 2), nn.Linear(1, 4), 1, beta=0.5).iwae_loss(x, samples=2)
+    for options in ({"free_bits": 0.1}, {"warmup": 3}, {"beta": 0.3}):
+        network = TextVAE(nets.LSTMEncoder(5, 2, hidden=3), nets.LSTMDecoder(5, 1, hidden=3), 1, **options)
+        with pytest.raises(ValueError, match="without free bits and warm-up"):
+            network.iwae_loss(torch.randint(3, 5, (4, 3)), samples=2)
+
+
 def test_a_closed_form_and_draws_of_the_loss_have_the_same_mean():
     """N(0, I) as a prior of one's own: only the noise of the estimate is new."""
 

@@ -402,7 +402,8 @@ def test_the_digest_is_of_the_code_that_a_study_runs(tmp_path, monkeypatch):
     study, path = registry.STUDIES["eae"], package / "models" / "eae.py"
     names = {str(p.relative_to(package)) for p in recording.sources(package / "studies" / "image_models.py")}
     assert {"entropy.py", "models/eae.py", "metrics/samples.py", "train.py", "studies/judge.py", "seeds.py"} <= names
-    assert not {"studies/family.py", "studies/recording.py", "energy.py", "__main__.py"} & names
+    other = {"studies/family.py", "studies/recording.py", "energy.py", "__main__.py"}
+    assert not (other | {"metrics/__init__.py", "metrics/chains.py", "metrics/density.py"}) & names
     first, source = recording.code(study), path.read_text(encoding="utf-8")
     path.write_text(f"# A comment.\n\n\n{source}", encoding="utf-8")
     assert recording.code(study) == first
@@ -412,6 +413,44 @@ def test_the_digest_is_of_the_code_that_a_study_runs(tmp_path, monkeypatch):
     assert recording.code(study) == first
     path.write_text(source + "\nx = 1\n", encoding="utf-8")
     assert recording.code(study) != first
+    path.write_text("from . import vae\n" + source, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"eae\.py must import by full names"):
+        recording.code(study)
+
+
+def test_a_recipe_leaves_a_records_own_keys_alone(tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Named(Recipe):
+        model: str = "other"
+        seeds: int = 3
+
+    with pytest.raises(ValueError, match=r"must not have fields that a record has itself, coin has model, seeds"):
+        toss(tmp_path, 0, study=dataclasses.replace(COIN, recipe=lambda *_: Named()))
+
+
+@pytest.mark.parametrize(
+    "outcome", [Outcome({"a": math.nan, "b": 1.0}, NOTHING), Outcome({"b": 1.0}, NOTHING, {"a": [1.0, math.inf]})]
+)
+def test_what_is_not_finite_is_named_and_not_kept(outcome, tmp_path):
+    with pytest.raises(ValueError, match="metrics and curves must be finite, seed 4 of coin gave a"):
+        toss(tmp_path, 4, study=dataclasses.replace(COIN, run=lambda *_: outcome))
+    assert not list((tmp_path / "coin").glob("*.json"))
+
+
+def test_curves_that_not_all_seeds_have_are_left_out(tmp_path):
+    def run(recipe, data_name, seed, device):
+        return Outcome({"seed": float(seed)}, NOTHING, {"all": [1.0], **({"some": [2.0]} if seed else {})})
+
+    path = toss(tmp_path, 1, 0, study=dataclasses.replace(COIN, run=run))
+    assert records.check(path)["curves"] == {"all": [[1.0], [1.0]]}
+
+
+def test_seeds_of_two_judges_do_not_join(tmp_path):
+    def run(recipe, data_name, seed, device):
+        return Outcome({"seed": float(seed)}, NOTHING, classifier={"accuracy": seed / 10})
+
+    with pytest.raises(ValueError, match="seeds must be measured by one classifier"):
+        toss(tmp_path, 1, 2, study=dataclasses.replace(COIN, run=run))
 
 
 @pytest.mark.parametrize("name", registry.STUDIES)
@@ -574,6 +613,9 @@ def test_a_size_is_a_number_of_images_seen(n, epochs, monkeypatch):
         assert image_models.recipe("eae", "digits", "short").epochs == epochs
 
 
+RECIPE = dataclasses.replace(image_models.recipe("eae", "digits", "short"), drawn=100)
+
+
 @pytest.fixture
 def model(digits):
     model = built("eae", 0)
@@ -582,25 +624,25 @@ def model(digits):
 
 
 def test_four_sources_go_through_the_same_decoder_and_repeat(model, digits):
-    sources = image_models.sample_sources(model, digits, n=30, seed=3)
+    sources = image_models.sample_sources(model, digits, RECIPE, n=30, seed=3)
     assert list(sources) == ["N(0, I)", "one Gaussian", "mixture of ten", "reconstructions"]
     for x in sources.values():
         assert x.shape == (30, 1, 8, 8) and x.min() >= 0 and x.max() <= 1
     torch.testing.assert_close(sources["reconstructions"], model(digits.x_test[:30]).detach())
     generator = stream(3, "samples")
     torch.testing.assert_close(sources["N(0, I)"], model.sample(30, generator=generator))
-    again, other = (image_models.sample_sources(model, digits, n=30, seed=s) for s in (3, 4))
+    again, other = (image_models.sample_sources(model, digits, RECIPE, n=30, seed=s) for s in (3, 4))
     for name, x in sources.items():
         assert torch.equal(x, again[name])
         assert torch.equal(x, other[name]) == (name == "reconstructions")
 
 
 def test_measures_are_the_metrics_of_the_sources(model, digits):
-    values = image_models.measure(model, digits, seed=3, n=100)
+    values = image_models.measure(model, digits, RECIPE, seed=3)
     error = (digits.x_test - model(digits.x_test).detach()).square().sum((1, 2, 3)).mean()
     assert values["squared error"] == pytest.approx(float(error), rel=1e-5)
     real = judge.classifier(digits).features(digits.x_test).detach()
-    sources = image_models.sample_sources(model, digits, n=100, seed=3) | {"real images": digits.x_train[:100]}
+    sources = image_models.sample_sources(model, digits, RECIPE, n=100, seed=3) | {"real images": digits.x_train[:100]}
     for name, x in sources.items():
         distance = metrics.frechet_distance(judge.classifier(digits).features(x).detach(), real)
         assert values[f"Fréchet, {name}"] == pytest.approx(distance, rel=1e-4)

@@ -73,6 +73,11 @@ class TextVAE(LatentVariableModel):
             inference = [*encoder.parameters(), *([] if norm is None else norm.parameters())]
             self.players = {"encoder": (inference, encoder_steps), "decoder": (list(decoder.parameters()), 1)}
 
+    @property
+    def weighs_divergence(self) -> bool:
+        """Whether the loss has another weight of the divergence than 1, or makes a part of it free."""
+        return self.beta != 1 or bool(self.free_bits) or bool(self.warmup)
+
     def train_together(self) -> None:
         """End the phase in which the encoder runs ahead: both networks train at once from here."""
         del self.players

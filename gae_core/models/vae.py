@@ -106,6 +106,8 @@ class LatentVariableModel(Autoencoder):
             )
         if binarise and not self.likelihood.binary:
             raise ValueError(f'binarise must be False for the {likelihood} likelihood: only "bernoulli" is of binary x')
+        if self.has_gaussian_prior and type(self).sample_prior is not LatentVariableModel.sample_prior:
+            raise ValueError(f"sample_prior must come with log_prior, got a {type(self).__name__} with the first alone")
         self.beta, self.norm, self.binarise = beta, norm, binarise
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
@@ -161,6 +163,11 @@ class LatentVariableModel(Autoencoder):
     # ---- what follows from them --------------------------------------------------------------------------------------
 
     @property
+    def weighs_divergence(self) -> bool:
+        """Whether the loss has another weight of the divergence than 1."""
+        return self.beta != 1
+
+    @property
     def has_gaussian_prior(self) -> bool:
         """Whether p(z | y) is the Gaussian of :meth:`prior`: not if a subclass has another :meth:`log_prior`."""
         return type(self).log_prior is LatentVariableModel.log_prior
@@ -196,10 +203,13 @@ class LatentVariableModel(Autoencoder):
         """Minus the importance-weighted bound on a batch, with k = ``samples`` draws for each x: see :class:`IWAE`.
 
         Raises:
-            ValueError: if ``samples`` is below 1, or ``x``, after ``binarise``, has no likelihood.
+            ValueError: if ``samples`` is below 1, ``x``, after ``binarise``, has no likelihood, or the model weighs its
+                divergence, which has no part in this bound.
         """
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
+        if self.weighs_divergence:
+            raise ValueError(f"beta must be 1, without free bits and warm-up, for this bound, got beta={self.beta}")
         x = self._observed(x, generator)
         eps = next(self.parameters()).new_empty(len(x), samples, self.dim)
         log_weights = self.log_weights(x, parallel.randn_like(eps, generator=generator), y)
