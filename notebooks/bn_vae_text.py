@@ -214,7 +214,7 @@ print(
 # The colours are the four Gaussians of the language, which no model has been told of.
 # Predict: what will it find in the means of the plain VAE, whose divergence is 0?
 
-# %% mystnb={"figure": {"name": "fig-bn_vae_text-codes", "caption": "True codes, and what a linear map finds in the codes of three models."}, "image": {"alt": "Four scatter plots in the plane. The true codes are four clouds in four colours. Those found in the BN-VAE's codes are four clouds at nearly the same places, those in the plain VAE's run into one another, and so do two of the four in the delta-VAE's."}}
+# %% mystnb={"figure": {"name": "fig-bn_vae_text-codes", "caption": "True codes, and what a linear map finds in the codes of three models."}, "image": {"alt": "Four scatter plots in the plane. The true codes are four clouds in four colours. Those found in the codes of the delta-VAE and of the BN-VAE are four clouds at nearly the same places, those in the plain VAE's run into one another."}}
 figure, axes = plt.subplots(
     1, 4, figsize=(9, 2.6), layout="constrained", sharex=True, sharey=True
 )
@@ -345,7 +345,7 @@ def draw_sentences(ax, tokens, labels, vocabulary):
     ax.set(xticks=[], yticks=range(len(labels)), yticklabels=labels)
 
 
-# %% mystnb={"figure": {"name": "fig-bn_vae_text-interpolation", "caption": "Sentences on the line between two codes, and along one coordinate."}, "image": {"alt": "Two tables of seven sentences, a row each. Above: from a captain who steers a ship to a baker who bakes a pie, in whole sentences on the way. Below: along one coordinate the sentence changes from one about a pie to one about a ship."}}
+# %% mystnb={"figure": {"name": "fig-bn_vae_text-interpolation", "caption": "Sentences on the line between two codes, and along one coordinate."}, "image": {"alt": "Two tables of seven sentences, a row each. Above: from a pilot who steers a raft to a baker who bakes a cake, in whole sentences on the way. Below: along one coordinate the sentence changes from one about bread to one about a ship."}}
 with torch.no_grad():
     mu = model.encode(english.test.to(device))
 about_ships = torch.tensor(

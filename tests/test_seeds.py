@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from gae_core import train
+from gae_core import seeds, train
 from gae_core.models.vae import VAE
 from gae_core.nets import mlp_pair
 from gae_core.seeds import STREAMS, fresh, seed_of, stream
+from gae_core.studies import registry
 
 
 def test_a_stream_is_its_seed_and_name():
@@ -86,3 +89,59 @@ def test_weights_are_drawn_from_their_stream_and_the_generator_is_set_back():
 def test_bad_streams_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         stream(*arguments)
+
+
+# What one run begins twice, and why: codes of the measure are those of the picture; fixed data are the same wherever
+# they are needed; two densities are compared on the same draws; several models of one run are compared seed by seed.
+TWICE = {
+    "eae": {("samples",), ("density",)},
+    "vae_k1": {("data",)},
+    "cvae_mixture": set(),
+    "completion_2": {("data",)},
+    "dae_walkback5": set(),
+    "bn_vae_gamma0.7": set(),
+    "bn_vae_estimates": {("weights",), ("order",), ("noise",), ("evaluation",)},
+    "text_aggressive": set(),
+    "text_floor": set(),
+    "image_prior_two_runs": set(),
+    "family_eae": {("data", 1), ("data", 2), ("evaluation", 0)},
+    "family_nmf": {("data", 1), ("data", 2), ("evaluation", 0)},
+    "meg_toy": set(),
+    "meg_mcmc_prior": set(),
+    "meg_toy_likelihood": set(),
+    "meg_without_9": set(),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_no_two_uses_of_a_run_begin_in_one_state(name, monkeypatch, tmp_path):
+    """At seed 0, which the judge and the fixed data have too."""
+    monkeypatch.setenv("GAE_DATA", str(tmp_path))
+    study, begun, judged = registry.STUDIES[name], {}, set()
+    sequence = seeds.np.random.SeedSequence
+
+    def watched(entropy, spawn_key):
+        by = [frame.filename for frame in traceback.extract_stack() if "gae_core" in frame.filename]
+        if any(file.endswith("judge.py") for file in by):  # which is asked for again and again
+            judged.add((entropy, spawn_key))
+        else:
+            begun.setdefault((entropy, spawn_key), []).append(by[-2:])
+        return sequence(entropy, spawn_key=spawn_key)
+
+    data_name = "digits" if "digits" in study.data else study.data[0]
+    recipe = study.recipe(data_name, "short")
+    monkeypatch.setattr(seeds.np.random, "SeedSequence", watched)
+    outcome = study.run(recipe, data_name, 0, torch.device("cpu"))
+    assert begun and outcome.metrics and not judged & begun.keys()
+    twice = {key for key, uses in begun.items() if len(uses) > 1}
+    assert {(STREAMS[key[0]], *key[1:]) for entropy, key in twice if entropy == 0} == TWICE[name]
+    assert not {entropy for entropy, _ in twice if entropy}, "a seed that was made of another is used twice"
+
+
+def test_no_generator_is_begun_beside_the_streams():
+    """But for what has no seed of a run: the weights that define a language, and the starts of a search."""
+    found = {}
+    for path in Path(seeds.__file__).parent.rglob("*.py"):
+        if path.name != "seeds.py" and (n := path.read_text(encoding="utf-8").count("manual_seed(")):
+            found[path.name] = n
+    assert found == {"languages.py": 1, "gae.py": 1}
