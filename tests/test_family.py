@@ -783,7 +783,7 @@ FITTED = {  # fields of one member, or that show best in it
     "autoencoder": {"epochs": 1, "batch_size": 50, "lr": 1e-3, "schedule": "constant", "optimizer": "sgd"}
     | {"betas": (0.5, 0.9), "clip": 0.01, "hidden": (32,)},
     "gae": {"steps": 3, "step_size": 0.05, "sigma": 0.5, "second_order": True},
-    "eae": {"lam": 0.5},
+    "eae": {"lam": 0.5, "k": 3},
     "denoising": {"corruption": 0.1, "sigma": 0.3, "walkback": 1, "chain": 2},
     "vae": {"sigma_start": 0.6},
     "vae_fixed": {"sigma": 0.7},
