@@ -54,3 +54,14 @@ def begun_states(monkeypatch, study) -> list[int]:
     if hasattr(study, "seed_of"):
         monkeypatch.setattr(study, "seed_of", watched)
     return begun
+
+
+ANOTHER_TRAINING = {  # fields of any recipe with a training, and other values than its own
+    "epochs": 3,
+    "batch_size": 7,
+    "lr": 1e-3,
+    "schedule": "constant",
+    "optimizer": "sgd",
+    "betas": (0.5, 0.9),
+    "clip": 0.01,
+}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z, begun_states, numbers_of
+from helpers import ANOTHER_TRAINING, assert_z, begun_states, numbers_of
 
 from gae_core import data, metrics, nets, train
 from gae_core.gaussian import kl_to_standard_normal
@@ -651,15 +651,6 @@ def noisy_patterns():
     return data.Images("patterns", x_train, y_train, x_test, y_test)
 
 
-TRAINING = {  # what may be changed in any training
-    "epochs": 3,
-    "batch_size": 7,
-    "lr": 1e-3,
-    "schedule": "constant",
-    "optimizer": "sgd",
-    "betas": (0.5, 0.9),
-    "clip": 0.01,
-}
 STUDENT = Trained(epochs=2, batch_size=10)
 CLASSES = study.Recipe(
     kind="beside",
@@ -679,11 +670,11 @@ MISSING = completion.Recipe(
 )
 CHANGES = {  # of the training, and of what is measured after it
     study: (
-        TRAINING | {"kind": "prior", "beta": 2.0, "dim": 3, "hidden": (9,), "classes": 4},
+        ANOTHER_TRAINING | {"kind": "prior", "beta": 2.0, "dim": 3, "hidden": (9,), "classes": 4},
         {"codes": "mixture", "components": 1, "rows": 20, "drawn": 60, "student": Trained(epochs=3, batch_size=10)},
     ),
     completion: (
-        TRAINING
+        ANOTHER_TRAINING
         | {
             "lr": 2e-3,
             "without_code": dataclasses.replace(STUDENT, schedule="constant"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
-from helpers import assert_z, begun_states, numbers_of
+from helpers import ANOTHER_TRAINING, assert_z, begun_states, numbers_of
 
 from gae_core import data, metrics, nets, train
 from gae_core.models.denoising import ContractiveAutoencoder, DenoisingAutoencoder, gaussian_noise, salt_and_pepper
@@ -685,13 +685,7 @@ BASE = studies.Recipe(
     widths=tuple(k / 50 for k in range(2, 60)),
 )
 TRAINS = {
-    "epochs": 3,
-    "batch_size": 7,
-    "lr": 1e-3,
-    "schedule": "constant",
-    "optimizer": "sgd",
-    "betas": (0.5, 0.9),
-    "clip": 0.01,
+    **ANOTHER_TRAINING,
     "hidden": 9,
     "walkback": 3,
     "level": 0.3,

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import tarfile
+import types
 from pathlib import Path
 
 import gpu
@@ -650,3 +651,38 @@ def test_measures_are_the_metrics_of_the_sources(model, digits):
     assert values["ks marginal"] == pytest.approx(codes.ks_marginal, rel=1e-5)
     assert values["radius std"] == pytest.approx(codes.radius_std, rel=1e-5)
     assert all(math.isfinite(value) for value in values.values())
+
+
+def test_what_an_image_models_recipe_says_is_what_is_recorded_and_run(digits, monkeypatch):
+    """Each field changes what is trained or measured, and the record says so."""
+    monkeypatch.setattr(data, "load", lambda name: few(digits, 120))
+    features = types.SimpleNamespace(features=torch.nn.Flatten())
+    monkeypatch.setattr(judge, "classifier", lambda images: types.SimpleNamespace(to=lambda device: features))
+    small = {"epochs": 2, "batch_size": 20, "hidden": (16,), "dim": 3, "coded": 100, "fitted": 90, "components": 2}
+    small |= {"drawn": 30, "compared": 20, "binarised": 10, "samples": 8}
+    eae = image_models.Recipe(kind="eae", lam=1.0, k=1, **small)
+    vae = image_models.Recipe(kind="vae", **small)
+    changes = {"kind": "autoencoder", "lam": 0.1, "k": 2, "hidden": (12,), "dim": 4, "coded": 80, "fitted": 60}
+    changes |= {"components": 3, "drawn": 25, "compared": 15, "epochs": 3, "batch_size": 30, "lr": 1e-3}
+    changes |= {"schedule": "constant", "optimizer": "sgd", "betas": (0.5, 0.9), "clip": 0.01}
+    of_vae = {"binarised": 5, "samples": 4}
+    assert {*changes, *of_vae} == set(eae.settings())
+
+    def measured(recipe):
+        outcome = image_models.run(recipe, "digits", 0, torch.device("cpu"))
+        plots.plt.close(outcome.figure)
+        return outcome.metrics
+
+    before = {recipe: measured(recipe) for recipe in (eae, vae)}
+    assert measured(eae) == before[eae]
+    for recipe, name, value in [(eae, *c) for c in changes.items()] + [(vae, *c) for c in of_vae.items()]:
+        other = dataclasses.replace(recipe, **{name: value})
+        assert other.settings()[name] != recipe.settings()[name] and measured(other) != before[recipe], name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_models_that_differ_in_their_codes_differ_in_nothing_else(size):
+    by_dim = {d: registry.STUDIES[f"vae_d{d}"].recipe("mnist", size) for d in (2, 10, 50, 200)}
+    assert all(recipe == dataclasses.replace(by_dim[50], dim=d) for d, recipe in by_dim.items())
+    bound = [registry.STUDIES[name].recipe("mnist", "medium") for name in ("vae_k1", "iwae_k5", "iwae_k50")]
+    assert {r.epochs * 60_000 // r.batch_size for r in bound} == {24_000}

@@ -12,7 +12,7 @@ from gae_core.densities import fit_gaussian_mixture
 from gae_core.models.cvae import CVAE, Beside, LabelPriorVAE
 from gae_core.seeds import fresh, seed_of, stream
 from gae_core.studies import judge
-from gae_core.studies.study import Outcome, Study, Trained
+from gae_core.studies.study import Outcome, Study, Trained, check_known
 
 TOPIC = "cvae"
 DATA = ("mnist", "digits")
@@ -77,10 +77,7 @@ def recipe(name: str, data_name: str, size: str) -> Recipe:
     Raises:
         ValueError: for an unknown name or size.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_known(name=(name, VARIANTS), size=(size, SIZES))
     kind, beta, codes, _ = VARIANTS[name]
     epochs, drawn = SIZES[size]
     return Recipe(epochs=epochs, kind=kind, beta=beta, codes=codes, drawn=drawn)

@@ -15,7 +15,7 @@ from gae_core import data, metrics, nets, plots
 from gae_core.models.denoising import DenoisingAutoencoder, salt_and_pepper
 from gae_core.seeds import fresh, stream
 from gae_core.studies import judge
-from gae_core.studies.study import Outcome, Study, Trained
+from gae_core.studies.study import Outcome, Study, Trained, check_known
 
 TOPIC = "denoising"
 DATA = ("mnist", "digits")
@@ -71,10 +71,7 @@ def recipe(name: str, data_name: str, size: str) -> Recipe:
     Raises:
         ValueError: for an unknown name or size.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_known(name=(name, VARIANTS), size=(size, SIZES))
     walkback, times, _ = VARIANTS[name]
     hidden, epochs, chains, burn_in, steps, every = SIZES[size]
     return Recipe(

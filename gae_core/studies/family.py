@@ -39,7 +39,7 @@ from gae_core.studies.family_networks import (
     autoencoder,
     conditional,
 )
-from gae_core.studies.study import Outcome, Study, Trained
+from gae_core.studies.study import Outcome, Study, Trained, check_known
 from gae_core.train import Clock, Training
 
 SIZES = {  # images, at most; epochs of the networks; images whose density is estimated, with their draws; and probed
@@ -88,10 +88,7 @@ def recipe(member: str, data_name: str, size: str) -> Recipe:
     Raises:
         ValueError: for an unknown member or size.
     """
-    if member not in MEMBERS:
-        raise ValueError(f"member must be one of {', '.join(MEMBERS)}, got {member!r}")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_known(member=(member, MEMBERS), size=(size, SIZES))
     _, make, _ = MEMBERS[member]
     numbers = dict(SIZES[size])
     epochs = numbers.pop("epochs") * (7 if data_name == "digits" else 1)  # so that as many batches are seen

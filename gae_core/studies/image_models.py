@@ -15,7 +15,7 @@ from gae_core.models.eae import EAE
 from gae_core.models.vae import VAE
 from gae_core.seeds import fresh, seed_of, stream
 from gae_core.studies import judge
-from gae_core.studies.study import Outcome, Study, Trained
+from gae_core.studies.study import Outcome, Study, Trained, check_known
 
 TOPIC = "image models"
 ABOUT = {
@@ -70,10 +70,7 @@ def recipe(kind: str, data_name: str, size: str) -> Recipe:
     Raises:
         ValueError: for an unknown kind of model, or size.
     """
-    if kind not in ABOUT:
-        raise ValueError(f"kind must be one of {', '.join(ABOUT)}, got {kind!r}")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_known(kind=(kind, ABOUT), size=(size, SIZES))
     hidden, thousands = SIZES[size]
     epochs = max(1, round(1000 * thousands / data.ROWS[data_name]))
     own = {"batch_norm": {"lam": 0.0, "k": 1}, "eae": {"lam": 1.0, "k": 1}}.get(kind, {})

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gae_core import plots
 from gae_core.models.image_prior import Hourglass, ImagePrior, psnr
 from gae_core.seeds import fresh, seed_of, stream
-from gae_core.studies.study import Outcome, Study, Trained, together
+from gae_core.studies.study import Outcome, Study, Trained, check_known, together
 
 TOPIC = "image_prior"
 SIGMA = 25 / 255
@@ -92,10 +92,7 @@ def recipe(name: str, data_name: str, size: str) -> Recipe:
         ValueError: for an unknown name or size.
         ModuleNotFoundError: if scikit-image is needed and not installed.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_known(name=(name, VARIANTS), size=(size, SIZES))
     task, networks, _, _ = VARIANTS[name]
     side, inputs, widths, skips, read_off, steps, clean_steps = SIZES[size]
     if task != "denoising":

@@ -14,7 +14,7 @@ from gae_core.models.meg import MEG
 from gae_core.seeds import fresh, seed_of, stream
 from gae_core.studies import judge
 from gae_core.studies.meg_plane import AHEAD, TOPIC, Game, judge_net
-from gae_core.studies.study import Outcome, Study
+from gae_core.studies.study import Outcome, Study, check_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,7 @@ def recipe(name: str, data_name: str, size: str) -> Recipe:
         ValueError: for an unknown name or size.
     """
     changes = {name: changes for name, (_, changes) in STACKED.items()} | HELD_OUT
-    if name not in changes:
-        raise ValueError(f"name must be one of {', '.join(changes)}, got {name!r}")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_known(name=(name, changes), size=(size, SIZES))
     side = 8 if data_name == "digits" else SIZES[size].side
     return replace(SIZES[size], **changes[name], side=side)
 

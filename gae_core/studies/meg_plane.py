@@ -15,7 +15,7 @@ from gae_core.energy import GridDensity, gradient_penalty_r1, log_normalizer_2d
 from gae_core.entropy import knn_entropy
 from gae_core.models.meg import MEG, WGANGP
 from gae_core.seeds import fresh, stream
-from gae_core.studies.study import Outcome, Study, Trained
+from gae_core.studies.study import Outcome, Study, Trained, check_known
 
 TOPIC = "meg"
 SCALE = math.sqrt(
@@ -149,10 +149,7 @@ def recipe(name: str, data_name: str, size: str) -> Recipe:
     Raises:
         ValueError: for an unknown name or size.
     """
-    if name not in MODELS:
-        raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}")
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_known(name=(name, MODELS), size=(size, SIZES))
     usual = SIZES[size]
     longer = {"epochs": usual.epochs * 7 // 3} if name == "meg_toy_long" else {}
     return replace(usual, **MODELS[name][1], **longer)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,13 @@ class Trained(Recipe):
             clip=self.clip,
             **{"progress": False, **options},
         )
+
+
+def check_known(**given: tuple[str, Collection[str]]) -> None:
+    """Raise a ValueError unless each value is one of those that there are: ``check_known(size=(size, SIZES))``."""
+    for name, (value, known) in given.items():
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def together(trainings: Sequence[Training]) -> Training:
